@@ -1,0 +1,195 @@
+"""One config through the whole gate: every case twice on poisoned, guarded buffers, then the race case many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from autotune.gate.accuracy import Finding, GateFault
+from autotune.gate.memory import FINITE_BYTE, NAN_BYTE, Arena, bits, differing, nans, snapshot, untouched
+from autotune.gate.races import INTERPRETER_REPEATS, REPEATS, screen
+from autotune.gate.rig import Feed, Rig, Stage
+from cache_db.models import Config, Scalar, Verdict
+
+QUICK: Final = 1
+TIE_BREAKS: Final = 4
+
+
+@dataclass
+class Proof:
+    """What the gate found: the verdict, why, and the figures met on the way (worst over the cases so far)."""
+
+    verdict: Verdict = Verdict.SAFE
+    reason: str = ""
+    figures: dict[str, Scalar] = field(default_factory=dict)
+
+    def fail(self, verdict: Verdict, reason: str) -> None:
+        """Records the first failure."""
+        if self.verdict is Verdict.SAFE:
+            self.verdict, self.reason = verdict, reason
+
+    def note(self, output: str, case: str, finding: Finding) -> None:
+        """Keeps the worst finding of each output, and the case with the worst of all."""
+        if finding.ratio >= float(self.figures.get(f"{output}_ratio", -1.0)):
+            self.figures[f"{output}_error"] = finding.error
+            self.figures[f"{output}_ratio"] = finding.ratio
+        worst = max(float(value) for name, value in self.figures.items() if name.endswith("_ratio"))
+        if finding.ratio >= worst:
+            self.figures["worst_case"] = case
+
+
+def prove(
+    rig: Rig,
+    kernel: str,
+    config: Config,
+    proven_with: Mapping[str, Config],
+    *,
+    level: int,
+    seed: int,
+    repeats: int | None = None,
+) -> Proof:
+    """Proves ``kernel`` with ``config``: all cases and the race screen, or the first case and 3 repeats at level 1.
+
+    Raises what compiling or launching raises, and GateFault when the spec's own answers cannot judge.
+    """
+    proof = Proof()
+    compiled = rig.compiled(kernel, config)
+    for case in rig.cases[:1] if level <= QUICK else rig.cases:
+        trial = _Trial(rig, kernel, config, compiled, rig.stage(case, seed), proven_with)
+        trial.examine(proof)
+        if proof.verdict is not Verdict.SAFE:
+            break
+    else:
+        count = REPEATS[min(max(level, QUICK), max(REPEATS))] if repeats is None else repeats
+        if rig.device.interpreted and repeats is None:
+            count = INTERPRETER_REPEATS
+        race = rig.cases[0] if level <= QUICK else rig.race_case
+        stage = rig.stage(race, seed, judged=False)
+        _Trial(rig, kernel, config, compiled, stage, proven_with).screen(proof, count)
+    if proof.verdict is Verdict.OUT_OF_BOUNDS:
+        rig.forget()
+    return proof
+
+
+class _Trial:
+    """One candidate on one case."""
+
+    def __init__(
+        self, rig: Rig, kernel: str, config: Config, compiled: Any, stage: Stage, proven_with: Mapping[str, Config]
+    ) -> None:
+        self._stage = stage
+        self._where = f"on case {stage.case.name!r}"
+        self._feed: Feed = rig.feed(kernel, proven_with, stage)
+        self._outputs: Arena = rig.outputs(kernel, stage.case)
+        self._scratch: Arena = rig.scratch(kernel, config, stage.case)
+        inputs, outputs, scratch = self._feed.tensors, self._outputs.tensors, self._scratch.tensors
+        self._launch: Callable[[], None] = lambda: rig.spec.launch(
+            kernel, compiled, rig.problem, inputs, outputs, scratch
+        )
+
+    def examine(self, proof: Proof) -> None:
+        """Runs twice, on buffers of NaN and of numbers, and judges; the device is waited for once."""
+        outputs = self._outputs.tensors
+        self._run(NAN_BYTE)
+        trespass = self._trespassed(NAN_BYTE)
+        missing = [nans(tensor) for tensor in outputs.values()]
+        judged = [self._yardstick(name).judge(tensor) for name, tensor in outputs.items()]
+        first = snapshot(outputs)
+        self._run(FINITE_BYTE)
+        checks = [trespass, self._trespassed(FINITE_BYTE), self._feed.changed(), self._stage.damaged()]
+        checks.append(differing(outputs, first))
+        kept = [untouched(first[name], tensor) for name, tensor in outputs.items()]
+        flags, missed, stale, found = _read(checks, missing, kept, judged)
+        trespassed, trespassed_again, changed, damaged, unstable = (bool(flag[0]) for flag in flags)
+        if trespassed or trespassed_again:
+            self._fail_trespass(proof, FINITE_BYTE)
+        if changed:
+            self._fail_changed(proof)
+        if damaged:
+            proof.fail(Verdict.OUT_OF_BOUNDS, f"overwrote memory that is not its own {self._where}")
+        for name, (absent,), (left,) in zip(outputs, missed, stale, strict=True):
+            self._fail_unwritten(proof, name, int(absent), int(left))
+        if unstable:
+            self._fail_unstable(proof, first)
+        for name, values in zip(outputs, found, strict=True):
+            self._note(proof, name, self._yardstick(name).finding(values))
+
+    def screen(self, proof: Proof, repeats: int) -> None:
+        """Repeats the launch against itself, then checks that it stayed inside its buffers."""
+        found, done = screen(self._launch, self._outputs, self._scratch, repeats)
+        proof.figures["repeats"] = done
+        if found:
+            proof.fail(Verdict.RACY, f"{found} of {done} repeats differ {self._where}")
+        outputs = self._outputs.tensors
+        flags = [self._trespassed(NAN_BYTE), self._feed.changed()]
+        (trespassed, changed), missed = _read(flags, [nans(tensor) for tensor in outputs.values()])
+        if trespassed[0]:
+            self._fail_trespass(proof, NAN_BYTE)
+        if changed[0]:
+            self._fail_changed(proof)
+        for name, (absent,) in zip(outputs, missed, strict=True):
+            self._fail_unwritten(proof, name, int(absent), 0)
+
+    def _run(self, byte: int) -> None:
+        self._outputs.fill(byte)
+        self._scratch.fill(byte)
+        self._launch()
+
+    def _trespassed(self, byte: int) -> torch.Tensor:
+        return self._outputs.trespassed(byte) | self._scratch.trespassed(byte)
+
+    def _yardstick(self, output: str) -> Any:
+        try:
+            return self._stage.yardsticks[output]
+        except KeyError:
+            raise GateFault(f"the oracle has no output {output!r}, only {sorted(self._stage.yardsticks)}") from None
+
+    def _fail_trespass(self, proof: Proof, byte: int) -> None:
+        """Says where the write went, if the last run (on a filling of ``byte``) did it again."""
+        place = "outside its buffers"
+        for arena in (self._outputs, self._scratch):
+            if bool(arena.trespassed(byte)):
+                place = arena.trespass(byte)
+        proof.fail(Verdict.OUT_OF_BOUNDS, f"wrote {place} {self._where}")
+
+    def _fail_changed(self, proof: Proof) -> None:
+        names = ", ".join(map(repr, self._feed.culprits())) or "the memory round its inputs"
+        proof.fail(Verdict.OUT_OF_BOUNDS, f"modified {names} {self._where}")
+
+    def _fail_unwritten(self, proof: Proof, name: str, absent: int, left: int) -> None:
+        size = self._outputs.tensors[name].numel()
+        if left:
+            proof.fail(Verdict.WRONG, f"never wrote {left} of {size} elements of {name!r} {self._where}")
+        elif absent:
+            proof.fail(Verdict.WRONG, f"{absent} of {size} elements of {name!r} are NaN {self._where}")
+
+    def _fail_unstable(self, proof: Proof, first: Mapping[str, torch.Tensor]) -> None:
+        """Tells a race from a read of uninitialised memory by more runs, all on the first filling."""
+        for _ in range(TIE_BREAKS):
+            self._run(NAN_BYTE)
+            for name, tensor in self._outputs.tensors.items():
+                if not torch.equal(bits(tensor), first[name]):
+                    proof.fail(Verdict.RACY, f"{name!r} differs from run to run {self._where}")
+                    return
+        proof.fail(Verdict.WRONG, f"depends on what its buffers held before {self._where}")
+
+    def _note(self, proof: Proof, name: str, finding: Finding) -> None:
+        proof.note(name, self._stage.case.name, finding)
+        if finding.ratio > 1:
+            proof.fail(
+                Verdict.WRONG,
+                f"{name!r} is off by {finding.error:.3g} in row {finding.row} ({finding.ratio:.3g} times its budget), "
+                f"{finding.bad} of {finding.rows} rows are wrong {self._where}",
+            )
+
+
+def _read(*groups: Sequence[torch.Tensor]) -> list[list[list[float]]]:
+    """Brings many small tensors to the host in one transfer, grouped as given."""
+    tensors = [tensor for group in groups for tensor in group]
+    device = tensors[-1].device
+    joined = torch.cat([tensor.reshape(-1).to(device, torch.float64) for tensor in tensors])
+    parts = iter(torch.split(joined.cpu(), [tensor.numel() for tensor in tensors]))
+    return [[next(parts).tolist() for _ in group] for group in groups]

@@ -1,0 +1,198 @@
+"""What a runner keeps ready between trials of one problem: compiled kernels, inputs, reference answers, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from autotune.device import DeviceInfo
+from autotune.gate.accuracy import GateFault, Yardstick, yardstick
+from autotune.gate.memory import Arena, Padded, any_of, fingerprint
+from autotune.spec import Case, KernelSpec, Tensors, TensorSpec
+from cache_db.models import Config, Problem, canonical_json
+
+Announce = Callable[[Literal["reference", "trial"]], None]
+
+
+class Stage:
+    """One case with its inputs, padded and watched; the reference answers are computed when first asked for."""
+
+    def __init__(self, case: Case, inputs: Padded) -> None:
+        self.case = case
+        self.inputs = inputs
+        self.yardsticks: dict[str, Yardstick] = {}
+        self._print: torch.Tensor | None = None
+
+    def seal(self, yardsticks: dict[str, Yardstick]) -> None:
+        """Takes the reference answers and remembers their bits."""
+        self.yardsticks = yardsticks
+        self._print = self._fingerprint()
+
+    def damaged(self) -> torch.Tensor:
+        """Returns on the device whether the reference answers are no longer what they were."""
+        return self._fingerprint().ne(self._print) if self._print is not None else torch.zeros((), dtype=torch.bool)
+
+    def _fingerprint(self) -> torch.Tensor:
+        return fingerprint(tensor for yardstick in self.yardsticks.values() for tensor in yardstick.tensors())
+
+
+class Feed:
+    """All that a kernel reads: the stage's inputs and the outputs of the kernels it depends on."""
+
+    def __init__(self, stage: Stage, produced: Tensors) -> None:
+        self._parts = [stage.inputs, Padded(produced)] if produced else [stage.inputs]
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors by name; a produced one hides an input of its name."""
+        return {name: tensor for part in self._parts for name, tensor in part.tensors.items()}
+
+    def changed(self) -> torch.Tensor:
+        """Returns on the device whether anything wrote to them."""
+        return any_of([part.changed() for part in self._parts])
+
+    def culprits(self) -> list[str]:
+        """Returns the names of the tensors that changed."""
+        return [name for part in self._parts for name in part.culprits()]
+
+
+class Rig:
+    """Runs the kernels of one problem on one device.
+
+    ``announce`` is told when work on the reference answers begins and when the candidate's own time goes on.
+    """
+
+    def __init__(
+        self, spec: KernelSpec, problem: Problem, device: DeviceInfo, announce: Announce = lambda _: None
+    ) -> None:
+        self.spec = spec
+        self.problem = problem
+        self.device = device
+        self.cases = tuple(spec.cases(problem, device))
+        self.race_case = spec.race_case(problem, device)
+        self._announce = announce
+        self._compiled: dict[tuple[str, str], Any] = {}
+        self._stages: dict[str, Stage] = {}
+        self._seed = 0
+        self._arenas: dict[tuple[str, str], Arena] = {}
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where inputs and outputs live."""
+        return self.device.torch_device
+
+    def compiled(self, kernel: str, config: Config) -> Any:
+        """Returns ``kernel`` compiled with ``config``, from memory, else from the disk cache. Raises what the spec raises."""
+        key = (kernel, config.hash)
+        if key not in self._compiled:
+            self._compiled[key] = self.spec.compile(kernel, config, self.problem, self.device)
+        return self._compiled[key]
+
+    def stage(self, case: Case, seed: int, *, judged: bool = True) -> Stage:
+        """Returns ``case`` with inputs from ``seed`` and, if ``judged``, its reference answers; one seed is kept."""
+        if seed != self._seed:
+            self._stages.clear()
+            self._seed = seed
+        key = _key(case)
+        if key not in self._stages or (judged and not self._stages[key].yardsticks):
+            with self._reference_time():
+                if key not in self._stages:
+                    inputs = self.spec.inputs(self.problem, case, seed, self.torch_device)
+                    self._stages[key] = Stage(case, Padded(inputs))
+                if judged:
+                    self._stages[key].seal(self._reference(self._stages[key]))
+                self.wait()
+        return self._stages[key]
+
+    def feed(self, kernel: str, proven_with: Mapping[str, Config], stage: Stage) -> Feed:
+        """Runs what ``kernel`` depends on, in order and with the configs of ``proven_with``, on the stage's inputs."""
+        return Feed(stage, self.produced(kernel, proven_with, stage.case, stage.inputs.tensors))
+
+    def produced(
+        self, kernel: str, proven_with: Mapping[str, Config], case: Case, inputs: Mapping[str, torch.Tensor]
+    ) -> Tensors:
+        """Returns the outputs of all kernels that ``kernel`` depends on, for ``inputs``."""
+        produced: Tensors = {}
+        for name in self.requirements(kernel):
+            if name not in proven_with:
+                raise GateFault(f"{kernel} is judged through {name}, but no config of {name} was given")
+            config = proven_with[name]
+            try:
+                compiled = self.compiled(name, config)
+            except Exception as error:
+                raise GateFault(f"{name} does not compile as {config}: {error}") from error
+            buffers = allocate(self.spec.outputs(name, self.problem, case), self.torch_device)
+            scratch = allocate(self.spec.scratch(name, self.problem, config, case), self.torch_device)
+            self.spec.launch(name, compiled, self.problem, {**inputs, **produced}, buffers, scratch)
+            produced |= buffers
+        return produced
+
+    def requirements(self, kernel: str) -> tuple[str, ...]:
+        """Returns every kernel that must have run before ``kernel``, in running order."""
+        needed: set[str] = set()
+        open_ = list(self.spec.depends_on(kernel, self.problem))
+        while open_:
+            name = open_.pop()
+            if name not in needed:
+                needed.add(name)
+                open_ += self.spec.depends_on(name, self.problem)
+        return tuple(name for name in self.spec.kernels(self.problem) if name in needed)
+
+    def outputs(self, kernel: str, case: Case) -> Arena:
+        """Returns the guarded outputs of ``kernel`` on ``case``, the same ones for every candidate."""
+        key = (kernel, _key(case))
+        if key not in self._arenas:
+            self._arenas[key] = Arena(self.spec.outputs(kernel, self.problem, case), self.torch_device)
+        return self._arenas[key]
+
+    def scratch(self, kernel: str, config: Config, case: Case) -> Arena:
+        """Returns guarded scratch for one candidate."""
+        return Arena(self.spec.scratch(kernel, self.problem, config, case), self.torch_device)
+
+    def wait(self) -> None:
+        """Waits for all work of this process's GPU; errors of earlier launches come out here."""
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
+
+    def forget(self) -> None:
+        """Drops inputs, answers and buffers, after a candidate that wrote where it liked."""
+        self._stages.clear()
+        self._arenas.clear()
+
+    def _reference(self, stage: Stage) -> dict[str, Yardstick]:
+        inputs = stage.inputs.tensors
+        oracle, ideal = self.spec.oracle(self.problem, dict(inputs)), self.spec.ideal(self.problem, dict(inputs))
+        if missing := oracle.keys() ^ ideal.keys():
+            raise GateFault(f"oracle and ideal must know the same outputs; only one of them has {sorted(missing)}")
+        floor = self.spec.floor_dtype(self.problem)
+        try:
+            return {name: yardstick(name, self.spec.rule(name), oracle[name], ideal[name], floor) for name in oracle}
+        except GateFault as fault:
+            raise GateFault(f"case {stage.case.name!r}, seed {self._seed}: {fault}") from fault
+
+    @contextmanager
+    def _reference_time(self) -> Iterator[None]:
+        """Whatever fails in here is the spec's, not the candidate's."""
+        self._announce("reference")
+        try:
+            yield
+        except GateFault:
+            raise
+        except Exception as error:
+            raise GateFault(f"the reference answers could not be computed: {error!r}") from error
+        self._announce("trial")
+
+
+def _key(case: Case) -> str:
+    return canonical_json([case.name, dict(case.sizes)])
+
+
+def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> Tensors:
+    """Returns plain buffers, neither poisoned nor guarded."""
+    return {
+        name: torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device)
+        for name, spec in specs.items()
+    }

@@ -1,0 +1,118 @@
+"""The right to sweep one problem, kept alive by a thread while the sweep runs.
+
+A lease names its owner so exactly that a process on the same machine can see that the owner is dead and need not wait
+for the lease to run out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from cache_db.models import Lease, Problem
+
+if TYPE_CHECKING:
+    from cache_db import Layers
+
+LEASE_SECONDS: Final = 30.0
+POLL_SECONDS: Final = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+def claim(store: Layers, problem: Problem, wait_seconds: float) -> Held | None:
+    """Takes the lease of ``problem``, waiting up to ``wait_seconds`` for its holder; None when it stays taken."""
+    until = time.monotonic() + wait_seconds
+    owner = f"{_address()}:{uuid.uuid4().hex[:12]}"
+    while True:
+        lease = store.claim(problem.hash, owner, hostname(), LEASE_SECONDS)
+        if lease is None and _bury(store, problem):
+            lease = store.claim(problem.hash, owner, hostname(), LEASE_SECONDS)
+        if lease is not None:
+            return Held(store, lease)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+class Held:
+    """A lease in use: renewed in the background until the ``with`` block ends, then released."""
+
+    def __init__(self, store: Layers, lease: Lease) -> None:
+        self._store = store
+        self._lease = lease
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="autotune-lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self._store.release(self._lease)
+
+    def _renew(self) -> None:
+        while not self._over.wait(LEASE_SECONDS / 3):
+            lease = self._store.renew(self._lease, LEASE_SECONDS)
+            if lease is None:
+                logger.warning(
+                    "lost the lease of problem %.12s; another process may tune it too", self._lease.problem_hash
+                )
+                return
+            self._lease = lease
+
+
+@functools.cache
+def hostname() -> str:
+    """Returns this machine's name as rows record it."""
+    return socket.gethostname()
+
+
+def _bury(store: Layers, problem: Problem) -> bool:
+    """Releases the lease of a holder that is provably dead; returns whether it did."""
+    holder = store.holder(problem.hash)
+    if holder is None or holder.host != hostname():
+        return False
+    machine, _, rest = holder.owner.rpartition("/")
+    here, _, _ = _address().rpartition("/")
+    pid, _, born = rest.partition(":")[0].partition("-")
+    if machine != here or not pid.isdecimal() or _birth(int(pid)) == born:
+        return False
+    store.release(holder)
+    return True
+
+
+def _address() -> str:
+    """Returns machine and process as ``boot/pid namespace/pid-birth``: host names alone are not unique in containers."""
+    return f"{_machine()}/{os.getpid()}-{_birth(os.getpid())}"
+
+
+@functools.cache
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}".replace(":", "")
+    except OSError:
+        return uuid.uuid4().hex
+
+
+def _birth(pid: int) -> str:
+    """Returns when process ``pid`` started (clock ticks since boot), "" if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] == "Z" else fields[19]

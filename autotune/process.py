@@ -1,0 +1,302 @@
+"""A killable child process and the line to it: how :mod:`autotune.sandbox` reaches :mod:`autotune.worker`.
+
+The child is a fresh interpreter (nothing is pickled, the caller's ``__main__`` is never imported), so it starts from
+a script without a guard, ``python -c``, a REPL and a notebook alike. It lives in a session of its own, where no
+Ctrl-C reaches it, and the kernel of the operating system kills it when the caller's process ends in any way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import Future
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+from autotune.device import DeviceInfo
+from autotune.errors import AutotuneError
+from cache_db.models import Verdict
+
+Message = dict[str, Any]
+
+HOME: Final = str(Path(__file__).resolve().parent.parent)
+REAP_SECONDS: Final = 20.0
+TAIL_BYTES: Final = 8192
+# A child that believed it were a rank of the caller's job would wait for the others, and one that launched
+# synchronously would time the host.
+DROPPED: Final = frozenset(
+    {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
+    | {"ROLE_WORLD_SIZE", "ROLE_NAME", "CUDA_LAUNCH_BLOCKING", "PYTHONINSPECT", "PYTHONWARNINGS"}
+    | {"TRITON_INTERPRET"}
+)
+DROPPED_PREFIXES: Final = ("MASTER_", "TORCHELASTIC_")
+
+
+class SandboxError(AutotuneError):
+    """No child could be started, so nothing can be compiled, proven or timed here."""
+
+
+class ChildDied(Exception):
+    """The child ended or was killed while it was asked something: an event that becomes the candidate's verdict."""
+
+    def __init__(self, verdict: Verdict, reason: str) -> None:
+        super().__init__(reason)
+        self.verdict = verdict
+        self.reason = reason
+
+
+def import_path() -> list[str]:
+    """Returns the caller's ``sys.path`` for a child that must import the very same packages.
+
+    The empty entry of a REPL becomes the working directory. A directory that would shadow this package (a user's own
+    ``autotune.py``, the unrelated distribution of that name) goes to the end.
+    """
+    entries = list(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)))
+    entries = [entry for entry in entries if os.pathsep not in entry]
+    shadowing = [entry for entry in entries if _shadows(Path(entry))]
+    kept = [entry for entry in entries if entry not in shadowing]
+    return kept + [HOME] * (HOME not in kept) + shadowing
+
+
+def _shadows(folder: Path) -> bool:
+    """Returns whether ``import autotune`` would find another one in ``folder``."""
+    found = (folder / "autotune.py").exists() or (folder / "autotune" / "__init__.py").exists()
+    return found and str(folder.resolve()) != HOME
+
+
+def environment(device: DeviceInfo, *, gpu: bool) -> dict[str, str]:
+    """Returns a child's environment: the caller's, with one GPU by UUID (none without ``gpu``) and in no job."""
+    kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
+    kept = {name: value for name, value in kept.items() if not name.startswith(DROPPED_PREFIXES)}
+    kept["PYTHONPATH"] = os.pathsep.join(import_path())
+    kept["CUDA_VISIBLE_DEVICES"] = device.uuid if gpu else ""
+    if device.interpreted:
+        kept["TRITON_INTERPRET"] = "1"
+    return kept
+
+
+class Child:
+    """One child of ``role`` ("compiler" or "runner"), started on demand, killed and started again as often as needed.
+
+    ``lock`` belongs to whoever talks to the child; ``kill`` and ``start`` may come from any thread.
+    """
+
+    def __init__(self, role: str, hello: Message, variables: dict[str, str], start_seconds: float) -> None:
+        self.lock = threading.Lock()
+        self._role = role
+        self._hello = hello
+        self._variables = variables
+        self._start_seconds = start_seconds
+        self._state = threading.Lock()
+        self._process: _Process | None = None
+        self._ready = False
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while there is a process."""
+        process = self._process
+        return process.popen.pid if process else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the child may never start again."""
+        return self._closed
+
+    def start(self) -> None:
+        """Starts the process unless it runs; does not wait until it is ready. Raises SandboxError when it cannot."""
+        with self._state:
+            self._running()
+
+    def send(self, message: Message) -> None:
+        """Sends ``message`` to a ready child. Raises SandboxError when there can be none."""
+        for _ in range(2):
+            process = self._ready_process()
+            process.forget_output()
+            try:
+                process.send(message)
+            except OSError:  # it died while idle: once more, to a fresh one
+                self._drop(process)
+            else:
+                return
+        raise SandboxError(f"the {self._role} ends as soon as it has started")
+
+    def receive(self, seconds: float) -> Message:
+        """Returns the next message. Raises ChildDied when none comes within ``seconds`` or the child ends."""
+        process = self._process
+        if process is None:
+            raise ChildDied(Verdict.KILLED, "the sandbox was closed")
+        try:
+            return process.receive(seconds)
+        except BaseException:  # Ctrl-C too leaves the conversation broken off in the middle
+            self._drop(process)
+            raise
+
+    def kill(self) -> None:
+        """Kills the process, if there is one, with everything it started."""
+        with self._state:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """Kills the process for good."""
+        self._closed = True
+        self.kill()
+
+    def _running(self) -> _Process:
+        if self._closed:
+            raise SandboxError("this sandbox is closed")
+        if self._process is None or not self._process.alive:
+            try:
+                self._process = _Process(self._role, self._variables)
+                self._process.send(self._hello)
+            except OSError as error:
+                raise SandboxError(f"cannot start the {self._role}: {error}") from error
+            self._ready = False
+        return self._process
+
+    def _ready_process(self) -> _Process:
+        with self._state:
+            process = self._running()
+        if not self._ready:
+            try:
+                answer = self.receive(self._start_seconds)
+            except ChildDied as death:
+                raise SandboxError(f"the {self._role} did not start: {death.reason}") from death
+            if "fault" in answer:
+                self.kill()
+                raise SandboxError(f"the {self._role} did not start: {answer['fault']}")
+            self._ready = True
+        return process
+
+    def _drop(self, process: _Process) -> None:
+        with self._state:
+            if self._process is process:
+                self._process = None
+        process.kill()
+
+
+class _Process:
+    """The operating system's side of one child: process, connection, and what it wrote to stderr."""
+
+    def __init__(self, role: str, variables: dict[str, str]) -> None:
+        self._owner = os.getpid()
+        self._output = _appending_file()
+        self._connection, theirs = Pipe()
+        started: Future[subprocess.Popen[bytes]] = Future()
+        arguments = [sys.executable, "-P", "-m", "autotune.worker", role, str(theirs.fileno()), str(self._owner)]
+        # The kernel's death signal follows the *thread* that started the child, so that thread lives as long as it.
+        self._keeper = threading.Thread(
+            target=_keep,
+            args=(arguments, variables, theirs, self._output, started),
+            name="autotune-keeper",
+            daemon=True,
+        )
+        self._keeper.start()
+        self.popen = started.result()
+        self._answered_at = time.monotonic()
+
+    def __del__(self) -> None:
+        os.close(self._output)
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.returncode is None and os.getpid() == self._owner
+
+    def send(self, message: Message) -> None:
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    def receive(self, seconds: float) -> Message:
+        try:
+            if self._connection.poll(seconds):
+                message: Message = json.loads(self._connection.recv_bytes())
+                return message
+        except (EOFError, OSError):
+            raise self._death() from None
+        raise ChildDied(Verdict.TIMEOUT, f"no answer within {seconds:g} s")
+
+    def forget_output(self) -> None:
+        os.ftruncate(self._output, 0)
+
+    def kill(self) -> None:
+        if os.getpid() != self._owner:  # a fork of the caller: the child is not ours to end
+            return
+        if self.popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+        self._keeper.join(REAP_SECONDS)
+
+    def _death(self) -> ChildDied:
+        self._keeper.join(REAP_SECONDS)
+        status = self.popen.returncode
+        said = last_line(self._output)
+        if status is None:
+            return ChildDied(Verdict.CRASHED, f"the worker closed its connection; {said}")
+        return death(status, said)
+
+
+def death(status: int, said: str) -> ChildDied:
+    """Returns what an exit ``status`` (negative: by signal) and the last words on stderr make of a candidate."""
+    if status == -signal.SIGKILL:
+        return ChildDied(Verdict.KILLED, "killed from outside: out of memory, or by hand")
+    how = f"exit status {status}"
+    if status < 0:
+        try:
+            how = signal.Signals(-status).name
+        except ValueError:
+            how = f"signal {-status}"
+    return ChildDied(Verdict.CRASHED, f"{how}: {said}" if said else how)
+
+
+def last_line(descriptor: int) -> str:
+    """Returns the last line with anything on it of the file ``descriptor``, shortened for a reason."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, TAIL_BYTES, max(size - TAIL_BYTES, 0)).decode(errors="replace")
+    lines = [line.strip() for line in tail.splitlines() if line.strip()]
+    return lines[-1][-300:] if lines else ""
+
+
+def _appending_file() -> int:
+    """Returns the descriptor of a nameless file in append mode: truncated, it is written from its start again."""
+    descriptor, name = tempfile.mkstemp(prefix="autotune-")
+    Path(name).unlink()
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
+    return descriptor
+
+
+def _keep(
+    arguments: list[str],
+    variables: dict[str, str],
+    theirs: Connection[Any, Any],
+    output: int,
+    started: Future[subprocess.Popen[bytes]],
+) -> None:
+    """Starts the child and stays until it has ended."""
+    try:
+        popen = subprocess.Popen(
+            arguments,
+            env=variables,
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=output,
+            start_new_session=True,
+        )
+    except BaseException as error:  # noqa: BLE001  # raised again where the caller waits for ``started``
+        started.set_exception(error)
+        return
+    finally:
+        theirs.close()
+    started.set_result(popen)
+    popen.wait()

@@ -1,0 +1,80 @@
+"""Progress of long loops: one generator round the loop, which vanishes when nobody shall see it.
+
+On a terminal with ``rich`` installed it is a bar; anywhere else it is a log line now and then, so that a batch job's
+log stays short.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+LINE_SECONDS: Final = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+def track(
+    items: Iterable[T], title: str, total: int, *, log: str = "info", note: Callable[[], str] = str
+) -> Iterator[T]:
+    """Yields ``items``, showing how many of ``total`` are done, the time left, and what ``note()`` adds.
+
+    ``log`` "quiet" shows nothing.
+    """
+    if log == "quiet":
+        yield from items
+    elif sys.stderr.isatty() and importlib.util.find_spec("rich"):
+        yield from _bar(items, title, total, note)
+    else:
+        yield from _lines(items, title, total, note)
+
+
+def remaining(done: int, total: int, elapsed: float) -> str:
+    """Returns the time left at the pace so far, as "1:05", or "?" while nothing is done.
+
+    >>> remaining(10, 40, 20.0)
+    '1:00'
+    """
+    if done <= 0:
+        return "?"
+    seconds = round(elapsed / done * max(total - done, 0))
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def _lines(items: Iterable[T], title: str, total: int, note: Callable[[], str]) -> Iterator[T]:
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            last = now
+            _report(title, done, total, now - start, note())
+        yield item
+
+
+def _report(title: str, done: int, total: int, elapsed: float, note: str) -> None:
+    left = remaining(done, total, elapsed)
+    logger.info("%s: %d of %d done, %s left%s", title, done, total, left, f", {note}" if note else "")
+
+
+def _bar(items: Iterable[T], title: str, total: int, note: Callable[[], str]) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total, note="")
+        for item in items:
+            yield item
+            bar.update(task, advance=1, note=note())

@@ -1,0 +1,295 @@
+"""The sweep of one problem: kernel after kernel, compile, time, prove, choose.
+
+Each kernel is judged through the winners of the kernels before it. All candidates are timed first, unproven, because
+that costs milliseconds; then they are proven in ascending time, so the budget is spent where a winner can come from.
+Every trial is committed as it ends: a killed sweep repeats only the one it was at.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from autotune.compilation import Compilation
+from autotune.progress import track
+from autotune.proofs import Scene, hashes
+from autotune.sandbox import Outcome
+from autotune.settings import INTERPRETER_SECONDS, Mode
+from cache_db.models import Config, Scalar, Trial, Verdict, Winner
+
+INTERPRETER_CANDIDATES: Final = 3
+FINALISTS: Final = 4
+CLOSE: Final = 1.2  # a finalist is at most this much slower than the fastest; quick times are a few per cent off
+HOPELESS: Final = 1.5  # slower than this, a candidate cannot win once there are enough safe ones, and is not proven
+OVERTIME_PROOFS: Final = 3  # proofs tried after the budget's end while nothing is safe yet
+RESERVE_SECONDS: Final = 3.0  # of each kernel's share, for the final and the winner's long race screen
+WINNER_REPEATS: Final = 10_000
+QUICK_ROUNDS: Final = 5
+FINAL_ROUNDS: Final = 50
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Candidate:
+    """One config on its way through the sweep: ``ready`` to run (compiled), then ``settled`` (judged or dropped)."""
+
+    config: Config
+    ready: bool = False
+    settled: bool = False
+    figures: dict[str, Scalar] = field(default_factory=dict)
+    trial: Trial | None = None
+
+    @property
+    def ms(self) -> float:
+        """Median milliseconds at the representative size, infinite while unknown."""
+        return float(self.figures.get("ms", math.inf))
+
+    @property
+    def safe(self) -> bool:
+        """Whether this candidate has passed the gate."""
+        return self.trial is not None and self.trial.verdict is Verdict.SAFE and self.trial.level >= 2
+
+
+class Sweep:
+    """Tunes every kernel of ``scene``'s problem within its budget."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        limit = INTERPRETER_SECONDS if scene.device.interpreted else math.inf
+        self.seconds = min(scene.settings.budget_seconds, limit)
+        self._plans = {kernel: Plan.of(scene, kernel) for kernel in scene.kernels}
+        self.failure = ""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many candidates each kernel has."""
+        return {kernel: plan.total for kernel, plan in self._plans.items()}
+
+    def run(self) -> dict[str, Winner]:
+        """Returns a winner of every kernel, or nothing, and why in ``failure``, when some kernel has none."""
+        scene = self._scene
+        deadline = time.monotonic() + self.seconds
+        items = [(kernel, config) for kernel, plan in self._plans.items() for config in plan.to_compile]
+        compilation = Compilation(scene.sandbox, items)
+        winners: dict[str, Winner] = {}
+        try:
+            for left, kernel in zip(range(len(self._plans), 0, -1), self._plans, strict=True):
+                now = time.monotonic()
+                share = max(deadline - now, 0.0) / left
+                through = scene.upstream(kernel, {name: row.config for name, row in winners.items()})
+                sweep = KernelSweep(scene, self._plans[kernel], compilation, through)
+                winner = sweep.run(now + share, share)
+                compilation.abandon(kernel)
+                if winner is None:
+                    self.failure = f"no candidate of {kernel} passed ({sweep.tally()})"
+                    return {}
+                winners[kernel] = winner
+        finally:
+            compilation.close(0.0)
+        return winners
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one kernel's sweep starts from: the candidates allowed, those to compile, and trials that still stand."""
+
+    kernel: str
+    candidates: tuple[Config, ...]
+    to_compile: tuple[Config, ...]
+    standing: Mapping[str, Trial]
+    total: int
+
+    @classmethod
+    def of(cls, scene: Scene, kernel: str) -> Plan:
+        """Reads candidates from the spec and earlier trials from the store; configs that won elsewhere come first."""
+        allowed = [
+            config
+            for config in dict.fromkeys(scene.spec.candidates(kernel, scene.problem, scene.device))
+            if scene.spec.rejects(kernel, config, scene.problem, scene.device) is None
+        ]
+        if scene.device.interpreted:
+            allowed = allowed[:INTERPRETER_CANDIDATES]
+        used = [config for config in allowed if scene.settings.allows(config.implementation)]
+        related = [scene.store.winners(problem) for problem in scene.store.nearest(scene.problem)]
+        proven_elsewhere = {rows[kernel].config.hash for rows in related if kernel in rows}
+        used.sort(key=lambda config: config.hash not in proven_elsewhere)
+        retune = scene.settings.mode is Mode.RETUNE
+        trials = [
+            trial
+            for trial in scene.store.trials(scene.problem, kernel)
+            if scene.stands(trial) and not (retune and trial.verdict is Verdict.SAFE)
+        ]
+        standing = {trial.config.hash: trial for trial in trials}
+        to_compile = tuple(config for config in used if config.hash not in standing)
+        return cls(kernel, tuple(used), to_compile, standing, len(allowed))
+
+
+class KernelSweep:
+    """Times and proves the candidates of one kernel, and chooses its winner."""
+
+    def __init__(self, scene: Scene, plan: Plan, compilation: Compilation, through: Mapping[str, Config]) -> None:
+        self._scene = scene
+        self._plan = plan
+        self._kernel = plan.kernel
+        self._compilation = compilation
+        self._through = through
+        self._pool = {config.hash: Candidate(config) for config in plan.candidates}
+        for name, trial in plan.standing.items():
+            if name in self._pool:
+                self._resume(self._pool[name], trial)
+
+    def run(self, deadline: float, share: float) -> Winner | None:
+        """Returns the fastest candidate that passed everything, None if there is none. ``deadline`` is monotonic."""
+        deadline -= min(RESERVE_SECONDS, share / 5)
+        settings = self._scene.settings
+        for candidate in track(
+            self._order(deadline), f"proving {self._kernel}", len(self._pool), log=settings.log, note=self._note
+        ):
+            self._judge(candidate)
+        winner = self._choose()
+        logger.info("%s: %s; winner: %s", self._kernel, self.tally(), _name(winner))
+        return winner
+
+    def tally(self) -> str:
+        """Returns how the candidates fared, as "30 safe, 4 wrong of 40"."""
+        verdicts = Counter(candidate.trial.verdict.value for candidate in self._pool.values() if candidate.trial)
+        found = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) or "none tried"
+        return f"{found} of {self._plan.total}"
+
+    def _resume(self, candidate: Candidate, trial: Trial) -> None:
+        """Takes over what an earlier sweep found, if it was found through the same configs."""
+        candidate.ready = True
+        if self._scene.stands(trial, self._through):
+            candidate.trial = trial
+            candidate.figures = dict(trial.figures)
+            candidate.settled = trial.verdict is not Verdict.SAFE or trial.level >= 2
+
+    def _order(self, deadline: float) -> Iterator[Candidate]:
+        """Yields the candidates to judge, each time the fastest one known by then.
+
+        Judging starts when all are compiled and timed, or half the time is gone; it ends at the deadline, but not
+        before something is safe or ``OVERTIME_PROOFS`` more have failed.
+        """
+        halfway = (time.monotonic() + deadline) / 2
+        late = 0
+        self._measure([each for each in self._pool.values() if each.ready and not each.settled], QUICK_ROUNDS)
+        while True:
+            self._receive(halfway - time.monotonic())
+            finished = self._compilation.finished(self._kernel)
+            if not finished and time.monotonic() < halfway:
+                continue
+            over = time.monotonic() >= deadline
+            if over and (self._safe() or late >= OVERTIME_PROOFS):
+                return
+            open_ = [each for each in self._pool.values() if each.ready and not each.settled]
+            if open_:
+                late += over
+                yield min(open_, key=lambda each: each.ms)
+            elif finished:
+                return
+            else:
+                self._receive(1.0)
+
+    def _receive(self, seconds: float) -> None:
+        """Times what has been compiled meanwhile, waiting up to ``seconds`` for something to come."""
+        good = []
+        for config, outcome in self._compilation.take(self._kernel, seconds):
+            candidate = self._pool[config.hash]
+            if outcome.verdict is Verdict.SAFE:
+                candidate.ready = True
+                candidate.figures |= outcome.figures
+                good.append(candidate)
+            else:
+                self._commit(candidate, outcome)
+        self._measure(good, QUICK_ROUNDS)
+
+    def _measure(self, candidates: Sequence[Candidate], rounds: int) -> None:
+        """Times ``candidates`` against each other; one that fails keeps an infinite time."""
+        if not candidates:
+            return
+        rounds = 1 if self._scene.device.interpreted else rounds
+        configs = [candidate.config for candidate in candidates]
+        figures = self._scene.sandbox.measure(self._kernel, configs, self._through, rounds)
+        for candidate in candidates:
+            candidate.figures.pop("ms", None)
+            candidate.figures |= figures.get(candidate.config.hash, {})
+
+    def _judge(self, candidate: Candidate) -> None:
+        """Proves ``candidate`` and stores the verdict, unless it is too slow to win."""
+        safe = self._safe()
+        if len(safe) >= FINALISTS and HOPELESS * safe[0].ms < candidate.ms < math.inf:
+            if candidate.trial is None:
+                reason = f"timed but not proven: over {HOPELESS:g}x the time of the fastest safe config"
+                self._commit(candidate, Outcome(Verdict.SAFE, 0, reason, {}, self._scene.seed, "", 0.0))
+            candidate.settled = True
+            return
+        outcome = self._scene.prove(self._kernel, candidate.config, self._through, 2)
+        if outcome.verdict is Verdict.SAFE and candidate.ms == math.inf:
+            self._measure([candidate], QUICK_ROUNDS)
+            if candidate.ms == math.inf:
+                outcome = replace(
+                    outcome, verdict=Verdict.CRASHED, level=0, reason="passed the gate, failed when timed"
+                )
+        self._commit(candidate, outcome)
+
+    def _choose(self) -> Winner | None:
+        """Returns the fastest of the best few safe candidates, timed against each other and screened for races."""
+        safe = self._safe()
+        best = [each for each in safe[:FINALISTS] if each.ms <= CLOSE * safe[0].ms]
+        if len(best) > 1:
+            self._measure(best, FINAL_ROUNDS)
+        for candidate in sorted(best, key=lambda each: each.ms) + safe[len(best) :]:
+            if candidate.ms < math.inf and self._screened(candidate):
+                return self._winner(candidate)
+        return None
+
+    def _screened(self, candidate: Candidate) -> bool:
+        """Returns whether ``candidate`` passes the winner's long race screen (the interpreter has no races)."""
+        if self._scene.device.interpreted:
+            return True
+        outcome = self._scene.prove(self._kernel, candidate.config, self._through, 2, WINNER_REPEATS)
+        self._commit(candidate, outcome)
+        return candidate.safe
+
+    def _winner(self, candidate: Candidate) -> Winner:
+        assert candidate.trial is not None, "only a proven candidate is chosen"
+        tried = sum(each.trial is not None for each in self._pool.values())
+        return Winner(
+            problem=self._scene.problem,
+            kernel=self._kernel,
+            config=candidate.config,
+            level=candidate.trial.level,
+            ms=candidate.ms,
+            tried=tried,
+            total=self._plan.total,
+            complete=tried == self._plan.total,
+            proven_with=hashes(self._through),
+            binary=candidate.trial.binary,
+            environment=self._scene.device.environment,
+            created_at=time.time(),
+        )
+
+    def _commit(self, candidate: Candidate, outcome: Outcome) -> None:
+        """Stores what became of ``candidate``, with all figures known of it."""
+        candidate.settled = True
+        merged = replace(outcome, figures={**candidate.figures, **outcome.figures})
+        candidate.trial = self._scene.trial(self._kernel, candidate.config, merged, self._through)
+        self._scene.store.add_trial(candidate.trial)
+        logger.debug("%s %s: %s %s", self._kernel, candidate.config, outcome.verdict, outcome.reason)
+
+    def _safe(self) -> list[Candidate]:
+        return sorted((each for each in self._pool.values() if each.safe), key=lambda each: each.ms)
+
+    def _note(self) -> str:
+        safe = self._safe()
+        return f"{len(safe)} safe, best {safe[0].ms:.3g} ms" if safe else "none safe yet"
+
+
+def _name(winner: Winner | None) -> str:
+    return f"{winner.config}, {winner.ms:.3g} ms" if winner else "none"

@@ -1,0 +1,59 @@
+"""The hash of what a kernel computes: equal across Python versions, blind to comments and docstrings.
+
+Triton's own ``cache_key`` hashes raw source text, so a comment is a new kernel to it; here a stored proof
+outlives everything that does not change the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import triton.language as tl
+
+
+def source_hash(entries: Iterable[Any]) -> str:
+    """Returns the SHA-256 over ``entries`` (jitted or plain functions) and every jitted function they reach.
+
+    Constants that jitted code reads (``tl.constexpr`` globals) are part of it.
+    """
+    sources: dict[str, str] = {}
+    for entry in entries:
+        _collect(entry, sources)
+    text = "\n".join(f"{name}\n{source}" for name, source in sorted(sources.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _collect(function: Any, sources: dict[str, str]) -> None:
+    plain: Callable[..., Any] = getattr(function, "fn", function)
+    name = f"{plain.__module__}.{plain.__qualname__}"
+    if name in sources:
+        return
+    tree = _normalised(plain)
+    sources[name] = ast.unparse(tree)
+    scope = inspect.unwrap(plain).__globals__
+    for identifier in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+        value = scope.get(identifier)
+        if _jitted(value):
+            _collect(value, sources)
+        elif isinstance(value, tl.constexpr):
+            sources[f"{plain.__module__}:{identifier}"] = repr(value.value)
+
+
+def _jitted(value: Any) -> bool:
+    return hasattr(value, "fn") and hasattr(value, "arg_names")
+
+
+def _normalised(function: Callable[..., Any]) -> ast.Module:
+    """Returns the function's tree without docstrings and decorators."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node.decorator_list = []
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+    return tree

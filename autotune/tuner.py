@@ -1,0 +1,274 @@
+"""``resolve``: from a problem to the config every kernel of it shall run with.
+
+The order of events is DESIGN.md's "The life of a call": stored winner, else one sweep under a lease, else the ladder.
+Each process decides a problem once; the answer is then a dictionary lookup.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autotune.device import DeviceInfo
+from autotune.errors import AutotuneError, CacheMiss
+from autotune.lease import claim
+from autotune.messages import miss, summary
+from autotune.proofs import Adoption, Choice, Prover, Scene
+from autotune.sandbox import Limits, Sandbox
+from autotune.search import Sweep
+from autotune.settings import Mode, Settings
+from autotune.spec import load
+from cache_db.models import Problem, Verdict, Winner
+
+if TYPE_CHECKING:
+    from cache_db import Layers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What to run. Empty ``choices``: nothing proven, the caller must use its own fallback; ``reason`` says why.
+
+    ``swept`` is True for the one call that tuned the problem; ``location`` names the database.
+    """
+
+    choices: dict[str, Choice]
+    reason: str
+    swept: bool
+    location: str
+
+
+class _Process:
+    """What one process remembers: decisions, their locks, and the databases opened."""
+
+    def __init__(self) -> None:
+        self.decided: dict[object, Resolution] = {}
+        self.confirmed: dict[object, bool] = {}
+        self.stores: dict[Path | None, Layers] = {}
+        self.renew_locks()
+
+    def renew_locks(self) -> None:
+        """Makes fresh locks: those inherited by a forked child may be held by threads it does not have."""
+        self._guard = threading.RLock()
+        self._locks: dict[object, threading.Lock] = {}
+        self.sweeping = threading.Lock()
+
+    def lock(self, key: object) -> threading.Lock:
+        """Returns the lock under which ``key`` is decided."""
+        with self._guard:
+            return self._locks.setdefault(key, threading.Lock())
+
+    def store(self, settings: Settings) -> Layers:
+        """Returns the database of ``settings``, opened at its first use (importing SQLAlchemy takes 0.2 s)."""
+        from cache_db import open_layers
+
+        folder = None if settings.mode is Mode.OFF else settings.cache_dir
+        with self._guard:
+            if folder not in self.stores:
+                self.stores[folder] = open_layers(folder)
+            return self.stores[folder]
+
+
+_process = _Process()
+os.register_at_fork(after_in_child=_process.renew_locks)
+
+
+def resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution:
+    """Returns the configs ``problem`` runs with on ``device``, tuning it first if ``settings`` allow and need it.
+
+    Thread-safe; works from any thread. Raises CacheMiss in mode "assert" when nothing stored can be used. Ctrl-C during
+    a sweep keeps the finished trials, frees the lease and is raised again.
+    """
+    key = (problem, device.index, settings.identity)
+    known = _process.decided.get(key)
+    if known is not None:
+        return known
+    with _process.lock(key):
+        known = _process.decided.get(key)
+        if known is None:
+            known = _resolve(problem, device, settings)
+            _process.decided[key] = replace(known, swept=False)
+        return known
+
+
+def confirm(problem: Problem, device: DeviceInfo, settings: Settings, kernel: str, choice: Choice, binary: str) -> bool:
+    """Returns whether ``choice`` may run although its launch produced ``binary``, not the proven ``choice.binary``.
+
+    The config is proven again (level 2) in a child, which must arrive at the same ``binary``; the proof is stored.
+    """
+    if binary == choice.binary:
+        return True
+    key = (problem, device.index, kernel, choice.config, binary)
+    with _process.lock(key):
+        if key not in _process.confirmed:
+            chosen = resolve(problem, device, settings).choices
+            _process.confirmed[key] = _reprove(problem, device, settings, kernel, choice, chosen, binary)
+        return _process.confirmed[key]
+
+
+def forget() -> None:
+    """Forgets every decision of this process, so that the next ``resolve`` asks the database again."""
+    _process.decided.clear()
+    _process.confirmed.clear()
+    _process.stores.clear()
+
+
+def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution:
+    store = _process.store(settings)
+    with Sandbox(problem, device, _limits(device, settings)) as sandbox:
+        scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
+        try:
+            return _decide(scene)
+        except CacheMiss:
+            raise
+        except AutotuneError as error:
+            reason = f"nothing could be proven: {error}"
+            logger.warning("%s: %s; running without a tuned kernel", summary(problem), reason)
+            return Resolution({}, reason, False, store.location)
+
+
+def _decide(scene: Scene) -> Resolution:
+    """Returns the stored winners, or tunes, or takes the ladder."""
+    prover = Prover(scene)
+    mode = scene.settings.mode
+    stored = _stored(scene, prover)
+    if _satisfied(stored, scene.settings):
+        return _resolution(scene, stored)
+    if mode is Mode.ASSERT:
+        raise CacheMiss(miss(scene.problem, scene.store, stored.reason))
+    tuned = _resolution(scene, stored)
+    if mode in (Mode.TUNE, Mode.RETUNE):
+        tuned = _tune(scene, prover)
+        if tuned.choices:
+            return tuned
+    if stored.choices:
+        return _resolution(scene, stored, swept=tuned.swept)
+    return replace(_descend(scene, prover, tuned.reason), swept=tuned.swept)
+
+
+def _tune(scene: Scene, prover: Prover) -> Resolution:
+    """Sweeps under the problem's lease, unless another process did meanwhile; empty when there is no result."""
+    held = claim(scene.store, scene.problem, scene.settings.wait_seconds)
+    if held is None:
+        return _resolution(scene, Adoption({}, f"another process is tuning it ({_holder(scene)})"))
+    with held, _process.sweeping:
+        stored = _stored(scene, prover)
+        if _satisfied(stored, scene.settings):
+            return _resolution(scene, stored)
+        return _sweep(scene, prover, stored.reason)
+
+
+def _sweep(scene: Scene, prover: Prover, reason: str) -> Resolution:
+    """Tunes all kernels, stores the winners, and returns them as read back."""
+    sweep = Sweep(scene)
+    logger.info(
+        "%s: %s in %s; tuning in a child process: %s candidates, about %.0f s at most. To avoid this: %s",
+        summary(scene.problem),
+        reason,
+        scene.store.location,
+        ", ".join(f"{total} {kernel}" for kernel, total in sweep.sizes.items()),
+        sweep.seconds,
+        scene.settings.cure,
+    )
+    start = time.monotonic()
+    winners = sweep.run()
+    seconds = time.monotonic() - start
+    if not winners:
+        return _resolution(scene, Adoption({}, f"{sweep.failure} within {seconds:.0f} s"), swept=True)
+    logger.info("%s: tuned in %.1f s", summary(scene.problem), seconds)
+    return _resolution(scene, _keep(scene, prover, winners), swept=True)
+
+
+def _keep(scene: Scene, prover: Prover, winners: Mapping[str, Winner]) -> Adoption:
+    """Stores ``winners`` and returns them as read back, or as found when another process's rows may not be used here.
+
+    A sweep restricted to some implementations never replaces a winner of the full list.
+    """
+    before = scene.store.winners(scene.problem)
+    restricted = bool(scene.settings.implementations)
+    for kernel, winner in winners.items():
+        scene.store.put_winner(winner, replace=kernel in before and not restricted)
+    stored = prover.adopt(scene.store.winners(scene.problem))
+    return stored if stored.choices else prover.adopt(winners)
+
+
+def _descend(scene: Scene, prover: Prover, reason: str) -> Resolution:
+    """Takes the ladder and says so once."""
+    found = prover.descend(scene.store.winners(scene.problem))
+    rung = f"running {found.reason}" if found.choices else f"{found.reason}; running without a tuned kernel"
+    logger.warning("%s: %s; %s. To change that: %s", summary(scene.problem), reason, rung, scene.settings.cure)
+    return _resolution(scene, replace(found, reason=f"{reason}; {found.reason}"))
+
+
+def _stored(scene: Scene, prover: Prover) -> Adoption:
+    """Returns what the database offers to begin with."""
+    if scene.settings.mode is Mode.RETUNE:
+        return Adoption({}, 'mode "retune" ignores what is stored')
+    return prover.adopt(scene.store.winners(scene.problem))
+
+
+def _satisfied(stored: Adoption, settings: Settings) -> bool:
+    return bool(stored.choices) and (stored.complete or not settings.finish)
+
+
+def _resolution(scene: Scene, found: Adoption, *, swept: bool = False) -> Resolution:
+    return Resolution(found.choices, found.reason, swept, scene.store.location)
+
+
+def _reprove(
+    problem: Problem,
+    device: DeviceInfo,
+    settings: Settings,
+    kernel: str,
+    choice: Choice,
+    chosen: Mapping[str, Choice],
+    binary: str,
+) -> bool:
+    with Sandbox(problem, device, _limits(device, settings)) as sandbox:
+        scene = Scene(problem, device, settings, load(problem.spec), _process.store(settings), sandbox)
+        try:
+            proof = Prover(scene).proof(kernel, choice.config, chosen, 2, binary)
+        except AutotuneError as error:
+            logger.warning("%s: cannot prove %s again: %s", summary(problem), kernel, error)
+            return False
+    if proof.verdict is not Verdict.SAFE:
+        logger.warning(
+            "%s: %s %s fails as compiled here: %s, %s",
+            summary(problem),
+            kernel,
+            choice.config,
+            proof.verdict,
+            proof.reason,
+        )
+        return False
+    if proof.binary != binary:
+        logger.warning(
+            "%s: %s %s compiles to %.12s in this process but to %.12s in the one that proves it; not used",
+            summary(problem),
+            kernel,
+            choice.config,
+            binary,
+            proof.binary,
+        )
+        return False
+    return True
+
+
+def _limits(device: DeviceInfo, settings: Settings) -> Limits:
+    """Returns limits that leave most of the budget whatever one candidate does; the interpreter is simply slow."""
+    if device.interpreted:
+        return Limits(trial_seconds=60)
+    share = max(10.0, settings.budget_seconds / 4)
+    return Limits(compile_seconds=min(60.0, 2 * share), trial_seconds=min(30.0, share))
+
+
+def _holder(scene: Scene) -> str:
+    holder = scene.store.holder(scene.problem.hash)
+    return f"owner {holder.owner.rpartition('/')[2].partition('-')[0]} on {holder.host}" if holder else "just finished"

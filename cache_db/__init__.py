@@ -1,0 +1,36 @@
+"""The tuning database: what was tried, what was proven, what won.
+
+``open_layers`` is the door for callers; ``cache_db.models`` holds the rows. Importing this package loads
+neither SQLAlchemy nor a driver: that happens when a file is opened.
+"""
+
+from cache_db.errors import CacheError
+from cache_db.layers import Layers, open_layers
+from cache_db.models import (
+    FINAL,
+    Config,
+    Environment,
+    Lease,
+    Problem,
+    Scalar,
+    Trial,
+    Verdict,
+    Verification,
+    Winner,
+)
+
+__all__ = [
+    "FINAL",
+    "CacheError",
+    "Config",
+    "Environment",
+    "Layers",
+    "Lease",
+    "Problem",
+    "Scalar",
+    "Trial",
+    "Verdict",
+    "Verification",
+    "Winner",
+    "open_layers",
+]

@@ -1,0 +1,132 @@
+"""The store that needs no database: what a process remembers when there is no file, or none it can write.
+
+Same methods and meaning as ``cache_db.store.Store``, for one process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import defaultdict
+
+from cache_db import rules
+from cache_db.models import Lease, Problem, Trial, Verification, Winner
+
+# Held for a few dict operations only, and across fork, so that no child starts with a lock nobody will open.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class Memory:
+    """Rows of this process, in dicts."""
+
+    def __init__(self) -> None:
+        self._trials: dict[tuple[str, str], Trial] = {}
+        self._verifications: dict[str, list[Verification]] = defaultdict(list)
+        self._winners: dict[str, dict[str, Winner]] = defaultdict(dict)
+        self._leases: dict[str, Lease] = {}
+
+    def add_trial(self, trial: Trial) -> None:
+        """Stores a trial; see ``rules.supersedes`` for what it replaces."""
+        name = (trial.problem.key(trial.kernel), trial.config.hash)
+        with _lock:
+            if rules.supersedes(trial, self._trials.get(name)):
+                self._trials[name] = trial
+
+    def trials(self, problem: Problem, kernel: str | None = None) -> list[Trial]:
+        """Returns the trials of a problem, or of one of its kernels, oldest first."""
+        with _lock:
+            found = [trial for trial in self._trials.values() if trial.problem == problem]
+        return sorted(
+            (trial for trial in found if kernel in (None, trial.kernel)),
+            key=lambda trial: (trial.created_at, trial.kernel, trial.config.hash),
+        )
+
+    def winners(self, problem: Problem) -> dict[str, Winner]:
+        """Returns kernel -> winner."""
+        with _lock:
+            return dict(self._winners.get(problem.hash, {}))
+
+    def put_winner(self, winner: Winner, *, replace: bool = False) -> Winner:
+        """Stores a winner if its key has none, or in any case with ``replace``; returns the stored one."""
+        with _lock:
+            stored = self._winners[winner.problem.hash]
+            if replace or winner.kernel not in stored:
+                stored[winner.kernel] = winner
+            return stored[winner.kernel]
+
+    def neighbours(
+        self, problem: Problem, soft_fields: frozenset[str], limit: int = rules.NEIGHBOURS
+    ) -> list[dict[str, Winner]]:
+        """Returns the winners of the nearest problems that differ in ``soft_fields`` only."""
+        near = rules.neighbours(problem, self.problems(), soft_fields)
+        return [self.winners(other) for other in near[:limit]]
+
+    def nearest(self, problem: Problem, limit: int = 3) -> list[Problem]:
+        """Returns the other problems with winners that differ in the fewest columns and fields."""
+        return rules.nearest(problem, self.problems(), limit)
+
+    def problems(self) -> list[Problem]:
+        """Returns every problem that has a winner."""
+        with _lock:
+            return [next(iter(rows.values())).problem for rows in self._winners.values() if rows]
+
+    def add_verification(self, verification: Verification) -> None:
+        """Stores a proof; the same one twice is stored once."""
+        with _lock:
+            rows = self._verifications[verification.problem.hash]
+            if verification not in rows:
+                rows.append(verification)
+
+    def verifications(self, problem: Problem, kernel: str | None = None) -> list[Verification]:
+        """Returns the proofs of a problem, or of one of its kernels, oldest first."""
+        with _lock:
+            found = list(self._verifications.get(problem.hash, ()))
+        return sorted((row for row in found if kernel in (None, row.kernel)), key=lambda row: row.created_at)
+
+    def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
+        """Takes the lease of a problem; None while someone else's stands."""
+        now = time.time()
+        with _lock:
+            held = self._leases.get(problem_hash)
+            if held is not None and held.owner != owner and rules.standing(held, now):
+                return None
+            lease = Lease(problem_hash=problem_hash, owner=owner, host=host, acquired_at=now, expires_at=now + seconds)
+            self._leases[problem_hash] = lease
+            return lease
+
+    def renew(self, lease: Lease, seconds: float) -> Lease | None:
+        """Moves the end of a lease; None if it was lost."""
+        now = time.time()
+        with _lock:
+            held = self._leases.get(lease.problem_hash)
+            if held is None or held.owner != lease.owner:
+                return None
+            times = {"acquired_at": min(held.acquired_at, now), "expires_at": now + seconds}
+            self._leases[lease.problem_hash] = held.model_copy(update=times)
+            return self._leases[lease.problem_hash]
+
+    def release(self, lease: Lease) -> None:
+        """Gives a lease back; one that was lost meanwhile stays with its new owner."""
+        with _lock:
+            held = self._leases.get(lease.problem_hash)
+            if held is not None and held.owner == lease.owner:
+                del self._leases[lease.problem_hash]
+
+    def holder(self, problem_hash: str) -> Lease | None:
+        """Returns the standing lease of a problem."""
+        with _lock:
+            held = self._leases.get(problem_hash)
+        return held if held is not None and rules.standing(held, time.time()) else None
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of rows of each kind."""
+        with _lock:
+            return {
+                "trials": len(self._trials),
+                "verifications": sum(map(len, self._verifications.values())),
+                "winners": sum(map(len, self._winners.values())),
+                "leases": len(self._leases),
+                "jobs": 0,
+            }

@@ -1,0 +1,60 @@
+"""What every store agrees on, whatever holds its rows: precedence of verdicts, leases, nearness of problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from cache_db.models import FINAL, Lease, Problem, Scalar, Trial
+
+NEIGHBOURS = 8
+"""How many neighbouring problems are worth a look: each costs a proof."""
+
+CLOCK_SLACK = 5.0
+"""Seconds by which a lease may lie in the future before it counts as written before the clock was set back."""
+
+
+def supersedes(trial: Trial, stored: Trial | None) -> bool:
+    """Whether ``trial`` may take the place of ``stored``: a final verdict only gives way to a final one."""
+    return stored is None or trial.verdict in FINAL or stored.verdict not in FINAL
+
+
+def standing(lease: Lease, now: float) -> bool:
+    """Whether ``lease`` keeps others out at ``now``."""
+    return lease.expires_at > now and lease.acquired_at <= now + CLOCK_SLACK
+
+
+def differing(problem: Problem, other: Problem) -> list[str]:
+    """Returns the names of the columns and fields in which two problems differ, columns first."""
+    columns = [name for name in Problem.model_fields if name != "fields"]
+    names = sorted(problem.fields.keys() | other.fields.keys())
+    return [name for name in columns if getattr(problem, name) != getattr(other, name)] + [
+        name for name in names if not _same(problem.fields.get(name), other.fields.get(name))
+    ]
+
+
+def neighbours(problem: Problem, others: Iterable[Problem], soft_fields: frozenset[str]) -> list[Problem]:
+    """Returns the problems that differ from ``problem`` in ``soft_fields`` only, nearest first."""
+    ranked = [
+        (sum(_step(problem.fields.get(name), other.fields.get(name)) for name in names), other.hash, other)
+        for other in others
+        if (names := differing(problem, other)) and soft_fields.issuperset(names)
+    ]
+    return [other for _, _, other in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def nearest(problem: Problem, others: Iterable[Problem], limit: int) -> list[Problem]:
+    """Returns the ``limit`` other problems with the fewest differing columns and fields."""
+    ranked = [(len(differing(problem, other)), other.hash, other) for other in others if other != problem]
+    return [other for _, _, other in sorted(ranked, key=lambda entry: entry[:2])[:limit]]
+
+
+def _same(left: Scalar | None, right: Scalar | None) -> bool:
+    return type(left) is type(right) and left == right
+
+
+def _step(left: Scalar | None, right: Scalar | None) -> float:
+    """How far apart two values of a soft field are: octaves for positive sizes, else 1."""
+    if isinstance(left, int | float) and isinstance(right, int | float) and left > 0 and right > 0:
+        return abs(math.log2(left) - math.log2(right))
+    return 1.0

@@ -1,0 +1,118 @@
+"""Ways to compute attention with a low-rank bias: ours, and PyTorch's SDPA on concatenated inputs.
+
+softmax(q kᵀ·scale + q_bias k_biasᵀ) v is plain attention of [q·scale, q_bias] and [k, k_bias]. Concatenation counts as
+part of a peer's time, because a caller has to do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flashbias.api import flash_bias_func
+from flashbias.kernels.problem import Shape
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call's tensors: q, k, v and the factors (None without a bias), all requiring gradients; and dO."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    dout: Tensor
+    causal: bool
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale, 1/sqrt(headdim)."""
+        return float(self.q.shape[3] ** -0.5)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that want gradients."""
+        return [tensor for tensor in (self.q, self.k, self.v, self.q_bias, self.k_bias) if tensor is not None]
+
+
+Forward = Callable[[Inputs], Tensor]
+
+
+def make(shape: Shape, seed: int, device: torch.device) -> Inputs:
+    """Returns normal random inputs; factors are scaled so that the bias has unit variance."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, shape.dtype)
+
+    def normal(rows: int, columns: int, factor: float = 1.0) -> Tensor:
+        size = (shape.batch, rows, shape.nheads, columns)
+        return (torch.randn(size, generator=generator, device=device) * factor).to(dtype)
+
+    value_dim = shape.value_dim or shape.headdim
+    q, k = normal(shape.seqlen_q, shape.headdim), normal(shape.seqlen_k, shape.headdim)
+    v, dout = normal(shape.seqlen_k, value_dim), normal(shape.seqlen_q, value_dim)
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    if shape.rank:
+        size = shape.rank**-0.25
+        factors = (normal(shape.seqlen_q, shape.rank, size), normal(shape.seqlen_k, shape.rank, size))
+    for tensor in (q, k, v, *factors):
+        if tensor is not None:
+            tensor.requires_grad_()
+    return Inputs(q, k, v, *factors, dout, shape.causal)
+
+
+def ours(inputs: Inputs) -> Tensor:
+    """Returns O of the tuned operator."""
+    return flash_bias_func(inputs.q, inputs.k, inputs.v, inputs.q_bias, inputs.k_bias, causal=inputs.causal)
+
+
+def sdpa_concat(inputs: Inputs) -> Tensor:
+    """Returns O of SDPA on concatenated inputs, whatever backend is enabled."""
+    q, k = inputs.q * inputs.scale, inputs.k
+    if inputs.q_bias is not None and inputs.k_bias is not None:
+        q, k = torch.cat([q, inputs.q_bias], -1), torch.cat([k, inputs.k_bias], -1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), inputs.v.transpose(1, 2), is_causal=inputs.causal, scale=1.0
+    )
+    return out.transpose(1, 2)
+
+
+def sdpa_concat_flash(inputs: Inputs) -> Tensor:
+    """Returns O of SDPA's flash backend, which wants one head dim: v is padded to q's and the result cut."""
+    assert inputs.q_bias is not None
+    assert inputs.k_bias is not None
+    q, k = torch.cat([inputs.q * inputs.scale, inputs.q_bias], -1), torch.cat([inputs.k, inputs.k_bias], -1)
+    width = -(-q.shape[3] // 8) * 8
+    q, k, v = (F.pad(tensor, (0, width - tensor.shape[3])).transpose(1, 2) for tensor in (q, k, inputs.v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, scale=1.0)
+    return out[..., : inputs.v.shape[3]].transpose(1, 2)
+
+
+def sdpa_without_bias(inputs: Inputs) -> Tensor:
+    """Returns O of SDPA without the bias: not the same function, but the floor that a bias is measured against."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, scale=inputs.scale).transpose(1, 2)
+
+
+def _with(backend: SDPBackend) -> Forward:
+    def run(inputs: Inputs) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa_concat(inputs)
+
+    return run
+
+
+PROVIDERS: Final[Mapping[str, Forward]] = {
+    "flashbias": ours,
+    "SDPA concat cuDNN": _with(SDPBackend.CUDNN_ATTENTION),
+    "SDPA concat flash": sdpa_concat_flash,
+    "SDPA concat efficient": _with(SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA without bias": sdpa_without_bias,
+}

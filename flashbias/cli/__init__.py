@@ -1,0 +1,1 @@
+"""Command-line doors; ``scripts/`` holds the files that call them."""

@@ -1,0 +1,60 @@
+"""Compares the tuned operator with SDPA on concatenated inputs, on shapes given as for ``prewarm``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from autotune import AutotuneError
+from flashbias.bench.compare import Row, compare
+from flashbias.cli import shapes
+from flashbias.errors import FlashBiasError
+from flashbias.kernels.problem import Shape
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 0 when ours was right everywhere, else 1 (2 for wrong usage)."""
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    shapes.add_arguments(parser)
+    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each provider (default 15)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmark: needs a CUDA device; timings of Triton's interpreter are not speeds", file=sys.stderr)
+        return 2
+    try:
+        wanted = shapes.from_arguments(options)
+        results = [(shape, compare(shape, options.rounds, torch.device("cuda"))) for shape in wanted]
+    except (FlashBiasError, AutotuneError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    for shape, rows in results:
+        print_table(shape, rows)
+    if options.json:
+        data = [{"shape": shape.model_dump(), "rows": [row.to_json() for row in rows]} for shape, rows in results]
+        options.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    return 0 if all(rows[0].right for _, rows in results) else 1
+
+
+def print_table(shape: Shape, rows: Sequence[Row]) -> None:
+    """Prints one line for each provider."""
+    print(
+        f"\nB{shape.batch} H{shape.nheads} S{shape.seqlen_q}x{shape.seqlen_k} D{shape.headdim} R{shape.rank} "
+        f"{'causal ' if shape.causal else ''}{shape.dtype} on {torch.cuda.get_device_name()}"
+    )
+    print(f"{'provider':24}{'fwd ms':>9}{'bwd ms':>9}{'fwd TF':>8}{'bwd TF':>8}  largest error")
+    for row in rows:
+        if row.missing or row.forward_ms is None or row.backward_ms is None:
+            print(f"{row.provider:24}  {row.missing}")
+            continue
+        name, error = max(row.errors.items(), key=lambda item: item[1], default=("unchecked", 0.0))
+        verdict = "" if row.right is not False else "  (another function)" if "without" in row.provider else "  WRONG"
+        print(
+            f"{row.provider:24}{row.forward_ms:9.3f}{row.backward_ms:9.3f}{row.forward_tflops:8.0f}"
+            f"{row.backward_tflops:8.0f}  {name} {error:.1e}{verdict}"
+        )

@@ -1,0 +1,110 @@
+"""Tunes attention shapes before they are needed; what is tuned already is left alone.
+
+Every trial is stored as it ends, so a run that was stopped or killed goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from autotune import AutotuneError, DeviceInfo, Mode, Resolution, Settings, resolve
+from autotune.device import describe, interpreting
+from autotune.messages import summary
+from autotune.progress import remaining
+from cache_db.models import Problem
+from flashbias.cli import shapes
+from flashbias.errors import FlashBiasError
+from flashbias.kernels.problem import Shape, problem
+from flashbias.settings import current, settings
+
+BUDGET_SECONDS: Final = 600.0
+DONE, UNFINISHED, MISUSED, STOPPED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 0 when every problem has a winner, else 1 (2 for wrong usage)."""
+    options = _parser().parse_args(arguments)
+    try:
+        device = _device(options.device)
+        problems = _problems(shapes.from_arguments(options), device)
+        mode = Mode.RETUNE if options.retune else Mode.TUNE
+        folder = options.cache_dir or current().cache_dir
+        with settings(
+            mode=mode, cache_dir=folder, budget_seconds=options.budget, wait_seconds=options.budget, finish=True
+        ) as chosen:
+            return warm(problems, device, chosen)
+    except (FlashBiasError, AutotuneError) as error:
+        print(f"prewarm: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("prewarm: stopped; finished trials are kept, run the same command to go on", file=sys.stderr)
+        return STOPPED
+
+
+def warm(problems: Sequence[Problem], device: DeviceInfo, chosen: Settings) -> int:
+    """Tunes ``problems`` one after the other, printing a line for each; returns the exit code."""
+    failed = 0
+    start = time.monotonic()
+    for number, each in enumerate(problems):
+        left = f", {remaining(number, len(problems), time.monotonic() - start)} left" if number else ""
+        print(f"[{number + 1}/{len(problems)}{left}] {summary(each)}", flush=True)
+        before = time.monotonic()
+        found = resolve(each, device, chosen)
+        failed += not _won(found)
+        print(f"    {_told(found, time.monotonic() - before)}", flush=True)
+    ready = len(problems) - failed
+    print(f"{ready} of {len(problems)} problems have proven winners in {time.monotonic() - start:.0f} s")
+    return UNFINISHED if failed else DONE
+
+
+def _won(found: Resolution) -> bool:
+    return bool(found.choices) and all(choice.rung == "winner" for choice in found.choices.values())
+
+
+def _told(found: Resolution, seconds: float) -> str:
+    if not _won(found):
+        return f"NO WINNER after {seconds:.1f} s: {found.reason}"
+    verb = f"tuned in {seconds:.1f} s" if found.swept else "already tuned"
+    configs = "; ".join(f"{kernel}: {choice.config}" for kernel, choice in found.choices.items())
+    return f"{verb}, {found.reason} in {found.location}; {configs}"
+
+
+def _problems(wanted: Sequence[Shape], device: DeviceInfo) -> list[Problem]:
+    """Returns the problems of the shapes, each once: several shapes may share one."""
+    return list(dict.fromkeys(problem(shape, device) for shape in wanted))
+
+
+def _device(index: int | None) -> DeviceInfo:
+    if interpreting():
+        return describe(-1)
+    if not torch.cuda.is_available():
+        raise FlashBiasError(
+            "no CUDA device found; run this where the GPU is, or set TRITON_INTERPRET=1 to try it on the CPU"
+        )
+    return describe(torch.cuda.current_device() if index is None else index)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prewarm",
+        description="Tunes attention shapes before they are needed. Stop it at any time; started again it goes on.",
+    )
+    shapes.add_arguments(parser)
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_SECONDS,
+        metavar="SECONDS",
+        help=f"longest sweep of one problem (default {BUDGET_SECONDS:g})",
+    )
+    parser.add_argument("--cache-dir", type=Path, help="folder of the database (default: as for the library)")
+    parser.add_argument("--device", type=int, metavar="N", help="CUDA device (default: the current one)")
+    parser.add_argument("--retune", action="store_true", help="sweep again over stored winners")
+    return parser

@@ -1,0 +1,69 @@
+"""Attention without a kernel: chunked PyTorch, for CPU tensors and as the last rung of the ladder.
+
+The arithmetic is that of :mod:`flashbias.reference` in fp32 (fp64 for fp64 inputs); results are rounded once,
+to the inputs' dtypes. Any float dtype, any head dim and any device that PyTorch has; memory beyond inputs and
+outputs is a few chunks of scores. The signatures are those of :mod:`flashbias.launcher`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashbias import reference
+from flashbias.reference import Wanted
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which inputs of ``dtype`` are computed, and that of their LSE."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    grads: Wanted,
+) -> tuple[Tensor, Tensor]:
+    """Returns ``out`` (B, Sq, H, Dv) in v's dtype and ``lse`` (B, H, Sq) in the compute dtype, natural log."""
+    del grads  # what the backward will want changes nothing here
+    dtype = compute_dtype(q.dtype)
+    out, lse = reference.forward(q, k, v, q_bias, k_bias, mask, causal, scale, compute_dtype=dtype)
+    return out.to(v.dtype), lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    grads: Wanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Returns (dq, dk, dv, dq_bias, dk_bias), each in its input's shape and dtype, None where ``grads`` is False.
+
+    Delta is taken from P and dP, never from ``out``, whose rounding would keep rows of dS from summing to zero
+    and spoil the gradients of factors that are large next to their spread (ALiBi's key positions).
+    """
+    del out
+    inputs = (q, k, v, q_bias, k_bias)
+    dtype = compute_dtype(q.dtype)
+    gradients = reference.backward(
+        dout, q, k, v, q_bias, k_bias, mask, causal, scale, None, lse, compute_dtype=dtype, wanted=grads
+    )
+    dq, dk, dv, dq_bias, dk_bias = (
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(gradients, inputs, strict=True)
+    )
+    return dq, dk, dv, dq_bias, dk_bias

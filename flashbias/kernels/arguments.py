@@ -1,0 +1,163 @@
+"""From tensors to a kernel's run-time arguments: alignment, packing of factors, strides, grids.
+
+Shared by the hot path (``flashbias.launcher``) and the gate (``flashbias.kernels.spec``), so what is proven is
+what is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from autotune.device import DeviceInfo
+from cache_db.models import Config, Problem
+from flashbias.kernels.backward import backward_dkdv, backward_dq
+from flashbias.kernels.binding import Binary, compile_binary, launch_binary
+from flashbias.kernels.forward import forward
+from flashbias.kernels.problem import wanted
+from flashbias.kernels.space import DESCRIPTORS, padded
+
+_ALIGNMENT: Final = 16
+_MASK_CODES: Final = {"none": 0, "bool": 1}
+_ADDITIVE: Final = 2
+# A kernel walks rows of queries, or, for dK and dV, rows of keys.
+_TILED: Final = {"forward": "BLOCK_M", "backward_dq": "BLOCK_M", "backward_dkdv": "BLOCK_N"}
+FUNCTIONS: Final[Mapping[str, Any]] = {"forward": forward, "backward_dq": backward_dq, "backward_dkdv": backward_dkdv}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The run-time sizes of one call; ``rank`` is the factors' own, before packing."""
+
+    batch: int
+    nheads: int
+    seqlen_q: int
+    seqlen_k: int
+    rank: int
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Returns whether a (B, S, H, D) tensor has a 16-byte pointer, unit last stride and 16-byte steps elsewhere."""
+    if tensor.data_ptr() % _ALIGNMENT:
+        return False
+    step = _ALIGNMENT // tensor.element_size()
+    batch, seqlen, nheads, last = tensor.stride()
+    sizes = tensor.shape
+    return (
+        last == 1
+        and (sizes[0] == 1 or batch % step == 0)
+        and (sizes[1] == 1 or (seqlen % step == 0 and seqlen > 0))
+        and (sizes[2] == 1 or nheads % step == 0)
+    )
+
+
+def needs_packing(factor: Tensor) -> bool:
+    """Returns whether kernels need a copy of the (B, S, H, R) factor: its rows are not whole, aligned 16-byte steps."""
+    return factor.shape[3] % 8 != 0 or not is_aligned(factor)
+
+
+def packed_shape(factor: Tensor) -> tuple[int, ...]:
+    """Returns the shape of the copy: columns rounded up to whole 16-byte steps of 8."""
+    return (*factor.shape[:3], -(-factor.shape[3] // 8) * 8)
+
+
+def factors(q_bias: Tensor, k_bias: Tensor, room: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Returns both factors as kernels read them: themselves, or copies in what ``room(name, factor)`` gives.
+
+    Kernels read the same number of columns from both, so both are copied if either must be.
+    """
+    named = {"q_factor": q_bias, "k_factor": k_bias}
+    if not any(map(needs_packing, named.values())):
+        return named
+    return {name: pack(factor, room(name, factor)) for name, factor in named.items()}
+
+
+def pack(factor: Tensor, packed: Tensor) -> Tensor:
+    """Copies (B, S, H, R) ``factor`` into the first R columns of contiguous ``packed``, zeros after."""
+    rank = factor.shape[3]
+    packed[..., :rank].copy_(factor)
+    if rank < packed.shape[3]:
+        packed[..., rank:].zero_()
+    return packed
+
+
+def compile_kernel(kernel: str, config: Config, problem: Problem, device: DeviceInfo) -> Binary:
+    """Compiles ``kernel`` in ``config`` for ``problem``; raises what Triton raises."""
+    fields, params, gradients = problem.fields, config.params, wanted(problem)
+    function = FUNCTIONS[kernel]
+    mask = str(fields["mask"])
+    constants = {
+        "HEAD_DIM": fields["head_dim"],
+        "VALUE_DIM": fields["value_dim"],
+        "RANK": fields["rank_dim"],
+        "CAUSAL": fields["causal"],
+        "MASK": _MASK_CODES.get(mask, _ADDITIVE),
+        "WANT_DQ": "q" in gradients,
+        "WANT_DK": "k" in gradients,
+        "WANT_DV": "v" in gradients,
+        "WANT_DQ_BIAS": "q_bias" in gradients,
+        "WANT_DK_BIAS": "k_bias" in gradients,
+        "DESCRIPTORS": config.variant == DESCRIPTORS,
+        "BLOCK_M": params["BLOCK_M"],
+        "BLOCK_N": params["BLOCK_N"],
+        "BLOCK_D": padded(int(fields["head_dim"])),
+        "BLOCK_DV": padded(int(fields["value_dim"])),
+    }
+    return compile_binary(
+        function,
+        dtype=str(fields["dtype"]),
+        mask=mask,
+        aligned=problem.layout == "aligned",
+        constants={name: constants[name] for name in function.arg_names if name in constants},
+        options={name: int(params[name]) for name in ("num_warps", "num_stages")},
+        capability=device.capability,
+    )
+
+
+def launch_kernel(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], sizes: Sizes, scale: float) -> None:
+    """Enqueues ``kernel`` on the current stream.
+
+    ``tensors`` maps a kernel's pointer names (without ``_ptr``) to tensors: (B, S, H, D) in any strides with a
+    unit last one; ``mask`` is (B, H, Sq, Sk); row values are contiguous (B, H, Sq). Absent ones are never read.
+    """
+    arguments: dict[str, Any] = {
+        "nheads": sizes.nheads,
+        "seqlen_q": sizes.seqlen_q,
+        "seqlen_k": sizes.seqlen_k,
+        "rank": sizes.rank,
+        "factor_columns": tensors["q_factor"].shape[3] if "q_factor" in tensors else 0,
+        "scale": scale,
+    }
+    for name in binary.arguments:
+        if name.endswith("_ptr"):
+            arguments[name] = tensors.get(name[:-4], tensors["q"])
+        elif name.endswith("_strides"):
+            tensor = tensors.get(name[:-8])
+            if name == "mask_strides":
+                arguments[name] = (0, 0, 0, 0) if tensor is None else tensor.stride()
+            else:
+                arguments[name] = (0, 0, 0) if tensor is None else _strides(tensor)
+    rows = sizes.seqlen_k if kernel == "backward_dkdv" else sizes.seqlen_q
+    tiles = -(-rows // binary.constants[_TILED[kernel]])
+    launch_binary(binary, tiles * sizes.batch * sizes.nheads, arguments)
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Returns (batch, seqlen, head) strides: 0 where a dim of size 1 is shared, whole 16-byte steps for one row."""
+    batch, seqlen, nheads, _ = tensor.stride()
+    sizes = tensor.shape
+    return (
+        0 if sizes[0] == 1 else batch,
+        -(-sizes[3] // 8) * 8 if sizes[1] == 1 else seqlen,
+        0 if sizes[2] == 1 else nheads,
+    )
+
+
+def as_bytes(mask: Tensor, sizes: Sizes) -> Tensor:
+    """Returns the mask expanded to (B, H, Sq, Sk) without a copy, bool as bytes."""
+    expanded = mask.expand(sizes.batch, sizes.nheads, sizes.seqlen_q, sizes.seqlen_k)
+    return expanded.view(torch.uint8) if mask.dtype == torch.bool else expanded

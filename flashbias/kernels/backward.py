@@ -1,0 +1,504 @@
+"""The backward kernels: two passes, neither with atomics, so gradients are bitwise repeatable.
+
+``backward_dq`` walks the keys of one query tile, ``backward_dkdv`` the queries of one key tile. The second
+computes scores transposed, Sᵀ = K Qᵀ, so that Pᵀ and dSᵀ enter their products as they are: Triton 3.4–3.7.0
+miscompiles the transpose of a computed tile on Hopper.
+"""
+
+import triton
+import triton.language as tl
+
+from flashbias.kernels.primitives import (
+    LOG2E,
+    dot,
+    load_row_values,
+    load_tile,
+    masked,
+    narrow,
+    program_tile,
+    scores,
+    store_factor_gradient,
+    store_tile,
+    tile_source,
+)
+
+
+@triton.jit
+def probabilities(s, lse):
+    """Returns exp(score - LSE); ``lse`` is in base 2 and +inf where the row saw no key, which gives 0."""
+    return tl.exp2(s * LOG2E - lse)
+
+
+@triton.jit
+def base_two(lse):
+    """Returns a natural-log LSE in base 2, with -inf (no key) turned into +inf."""
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def accumulate_dq(
+    gradients,
+    q,
+    q_factor,
+    dout,
+    lse,
+    delta,
+    k_source,
+    v_source,
+    k_factor_source,
+    mask_base,
+    k_strides,
+    v_strides,
+    k_factor_strides,
+    mask_strides,
+    offsets_q,
+    first,
+    last,
+    seqlen_q,
+    seqlen_k,
+    factor_columns,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    WANT_DQ: tl.constexpr,
+    WANT_DQ_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Adds the share of key tiles ``first`` … ``last`` to gradients = (dQ, dQ_bias)."""
+    dq, dq_factor = gradients
+    for start in tl.range(first, last, BLOCK_N):
+        # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), k_factor: (BLOCK_N, RANK)
+        k = load_tile(
+            k_source, start, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, EDGE
+        )
+        k_factor = k
+        if RANK > 0:
+            k_factor = load_tile(
+                k_factor_source,
+                start,
+                k_factor_strides[1],
+                seqlen_k,
+                factor_columns,
+                BLOCK_N,
+                RANK,
+                DESCRIPTORS,
+                False,
+                EDGE,
+            )
+        s = scores(q, k, q_factor, k_factor, scale, RANK)
+        offsets_k = start + tl.arange(0, BLOCK_N)
+        s = masked(
+            s,
+            offsets_q[:, None],
+            offsets_k[None, :],
+            mask_base,
+            mask_strides,
+            seqlen_q,
+            seqlen_k,
+            MASK,
+            CAUSAL,
+            EDGE,
+        )
+        p = probabilities(s, lse[:, None])
+        v = load_tile(
+            v_source,
+            start,
+            v_strides[1],
+            seqlen_k,
+            VALUE_DIM,
+            BLOCK_N,
+            BLOCK_DV,
+            DESCRIPTORS,
+            VALUE_DIM == BLOCK_DV,
+            EDGE,
+        )
+        dp = dot(dout, tl.trans(v), tl.zeros([dout.shape[0], BLOCK_N], tl.float32))
+        ds = narrow(p * (dp - delta[:, None]), k.dtype)
+        if WANT_DQ:
+            dq = dot(ds, k, dq)
+        if WANT_DQ_BIAS:
+            dq_factor = dot(ds, k_factor, dq_factor)
+    return dq, dq_factor
+
+
+@triton.jit
+def backward_dq(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
+    mask_ptr,
+    out_ptr,
+    lse_ptr,
+    dout_ptr,
+    delta_ptr,
+    dq_ptr,
+    dq_bias_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    q_factor_strides,
+    k_factor_strides,
+    mask_strides,
+    out_strides,
+    dout_strides,
+    dq_strides,
+    dq_bias_strides,
+    nheads,
+    seqlen_q,
+    seqlen_k,
+    factor_columns,
+    rank,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    WANT_DQ: tl.constexpr,
+    WANT_DQ_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Computes BLOCK_M rows of delta = rowsum(O ∘ dO), dQ and dQ_bias of one (batch, head)."""
+    tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, CAUSAL)
+    start_q = tile * BLOCK_M
+    offsets_q = start_q + tl.arange(0, BLOCK_M)
+    row_base = (batch * nheads + head) * seqlen_q
+
+    # out, dout: (BLOCK_M, BLOCK_DV)
+    out_base = out_ptr + batch * out_strides[0] + head * out_strides[2]
+    dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[2]
+    out = load_tile(
+        out_base, start_q, out_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
+    )
+    dout = load_tile(
+        dout_base, start_q, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
+    )
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + row_base + offsets_q, delta, mask=offsets_q < seqlen_q)
+
+    if WANT_DQ or WANT_DQ_BIAS:
+        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
+        k_base = k_ptr + batch * k_strides[0] + head * k_strides[2]
+        v_base = v_ptr + batch * v_strides[0] + head * v_strides[2]
+        mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
+        k_source = tile_source(k_base, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+        v_source = tile_source(v_base, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, DESCRIPTORS)
+        # q: (BLOCK_M, BLOCK_D), q_factor: (BLOCK_M, RANK)
+        q = load_tile(
+            q_base, start_q, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, False, HEAD_DIM == BLOCK_D, True
+        )
+        q_factor = q
+        k_factor_source = k_source
+        dq_factor = tl.zeros([BLOCK_M, 1], tl.float32)
+        if RANK > 0:
+            q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
+            k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head * k_factor_strides[2]
+            k_factor_source = tile_source(
+                k_factor_base, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, DESCRIPTORS
+            )
+            q_factor = load_tile(
+                q_factor_base, start_q, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, False, False, True
+            )
+            dq_factor = tl.zeros([BLOCK_M, RANK], tl.float32)
+        lse = base_two(load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M))
+
+        end = seqlen_k
+        edge = seqlen_k // BLOCK_N * BLOCK_N
+        if CAUSAL:
+            end = tl.minimum(seqlen_k, start_q + BLOCK_M)
+            edge = tl.minimum(edge, start_q // BLOCK_N * BLOCK_N)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for EDGE in tl.static_range(2):
+            first = edge if EDGE else 0
+            last = end if EDGE else edge
+            dq, dq_factor = accumulate_dq(
+                (dq, dq_factor),
+                q,
+                q_factor,
+                dout,
+                lse,
+                delta,
+                k_source,
+                v_source,
+                k_factor_source,
+                mask_base,
+                k_strides,
+                v_strides,
+                k_factor_strides,
+                mask_strides,
+                offsets_q,
+                first,
+                last,
+                seqlen_q,
+                seqlen_k,
+                factor_columns,
+                scale,
+                HEAD_DIM,
+                VALUE_DIM,
+                RANK,
+                CAUSAL,
+                MASK,
+                WANT_DQ,
+                WANT_DQ_BIAS,
+                DESCRIPTORS,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                EDGE,
+            )
+        if WANT_DQ:
+            dq_base = dq_ptr + batch * dq_strides[0] + head * dq_strides[2]
+            store_tile(dq_base, dq * scale, start_q, dq_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+        if WANT_DQ_BIAS:
+            dq_bias_base = dq_bias_ptr + batch * dq_bias_strides[0] + head * dq_bias_strides[2]
+            store_factor_gradient(dq_bias_base, dq_factor, start_q, dq_bias_strides[1], seqlen_q, rank, BLOCK_M, RANK)
+
+
+@triton.jit
+def accumulate_dkdv(
+    gradients,
+    k,
+    v,
+    k_factor,
+    q_source,
+    dout_source,
+    q_factor_source,
+    lse_base,
+    delta_base,
+    mask_base,
+    q_strides,
+    dout_strides,
+    q_factor_strides,
+    mask_strides,
+    offsets_k,
+    first,
+    last,
+    seqlen_q,
+    seqlen_k,
+    factor_columns,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr,
+    WANT_DK_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Adds the share of query tiles ``first`` … ``last`` to gradients = (dK, dV, dK_bias)."""
+    dk, dv, dk_factor = gradients
+    for start in tl.range(first, last, BLOCK_M):
+        # q: (BLOCK_M, BLOCK_D), q_factor: (BLOCK_M, RANK); rows past the end are 0 and their p is 0 (LSE +inf)
+        q = load_tile(
+            q_source, start, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, True
+        )
+        q_factor = q
+        if RANK > 0:
+            q_factor = load_tile(
+                q_factor_source,
+                start,
+                q_factor_strides[1],
+                seqlen_q,
+                factor_columns,
+                BLOCK_M,
+                RANK,
+                DESCRIPTORS,
+                False,
+                True,
+            )
+        s = scores(k, q, k_factor, q_factor, scale, RANK)
+        offsets_q = start + tl.arange(0, BLOCK_M)
+        s = masked(
+            s,
+            offsets_q[None, :],
+            offsets_k[:, None],
+            mask_base,
+            mask_strides,
+            seqlen_q,
+            seqlen_k,
+            MASK,
+            CAUSAL,
+            EDGE,
+        )
+        lse = base_two(load_row_values(lse_base, start, seqlen_q, -float("inf"), BLOCK_M))
+        p = probabilities(s, lse[None, :])
+        # dout: (BLOCK_M, BLOCK_DV)
+        dout = load_tile(
+            dout_source,
+            start,
+            dout_strides[1],
+            seqlen_q,
+            VALUE_DIM,
+            BLOCK_M,
+            BLOCK_DV,
+            DESCRIPTORS,
+            VALUE_DIM == BLOCK_DV,
+            True,
+        )
+        if WANT_DV:
+            dv = dot(narrow(p, dout.dtype), dout, dv)
+        if WANT_DK or WANT_DK_BIAS:
+            delta = load_row_values(delta_base, start, seqlen_q, 0.0, BLOCK_M)
+            dp = dot(v, tl.trans(dout), tl.zeros([v.shape[0], BLOCK_M], tl.float32))
+            ds = narrow(p * (dp - delta[None, :]), q.dtype)
+            if WANT_DK:
+                dk = dot(ds, q, dk)
+            if WANT_DK_BIAS:
+                dk_factor = dot(ds, q_factor, dk_factor)
+    return dk, dv, dk_factor
+
+
+@triton.jit
+def backward_dkdv(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
+    mask_ptr,
+    lse_ptr,
+    dout_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    dk_bias_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    q_factor_strides,
+    k_factor_strides,
+    mask_strides,
+    dout_strides,
+    dk_strides,
+    dv_strides,
+    dk_bias_strides,
+    nheads,
+    seqlen_q,
+    seqlen_k,
+    factor_columns,
+    rank,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr,
+    WANT_DK_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Computes BLOCK_N rows of dK, dV and dK_bias of one (batch, head); heavy key tiles (the first) come first."""
+    tile, batch, head = program_tile(tl.cdiv(seqlen_k, BLOCK_N), nheads, False)
+    start_k = tile * BLOCK_N
+    offsets_k = start_k + tl.arange(0, BLOCK_N)
+    row_base = (batch * nheads + head) * seqlen_q
+
+    q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
+    k_base = k_ptr + batch * k_strides[0] + head * k_strides[2]
+    v_base = v_ptr + batch * v_strides[0] + head * v_strides[2]
+    dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[2]
+    mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
+    q_source = tile_source(q_base, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout_source = tile_source(dout_base, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, DESCRIPTORS)
+
+    # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), k_factor: (BLOCK_N, RANK), all resident
+    k = load_tile(k_base, start_k, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, False, HEAD_DIM == BLOCK_D, True)
+    v = load_tile(
+        v_base, start_k, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
+    )
+    k_factor = k
+    q_factor_source = q_source
+    dk_factor = tl.zeros([BLOCK_N, 1], tl.float32)
+    if RANK > 0:
+        q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
+        k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head * k_factor_strides[2]
+        q_factor_source = tile_source(
+            q_factor_base, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, DESCRIPTORS
+        )
+        k_factor = load_tile(
+            k_factor_base, start_k, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, False, False, True
+        )
+        dk_factor = tl.zeros([BLOCK_N, RANK], tl.float32)
+
+    # Query tiles edge … seqlen_q see every key of this tile; the ones before it, from begin on, need the causal mask.
+    begin = 0
+    edge = 0
+    if CAUSAL:
+        begin = start_k // BLOCK_M * BLOCK_M
+        edge = tl.minimum(tl.cdiv(start_k + BLOCK_N - 1, BLOCK_M) * BLOCK_M, tl.cdiv(seqlen_q, BLOCK_M) * BLOCK_M)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for EDGE in tl.static_range(2):
+        first = begin if EDGE else edge
+        last = edge if EDGE else seqlen_q
+        if CAUSAL or not EDGE:
+            dk, dv, dk_factor = accumulate_dkdv(
+                (dk, dv, dk_factor),
+                k,
+                v,
+                k_factor,
+                q_source,
+                dout_source,
+                q_factor_source,
+                lse_ptr + row_base,
+                delta_ptr + row_base,
+                mask_base,
+                q_strides,
+                dout_strides,
+                q_factor_strides,
+                mask_strides,
+                offsets_k,
+                first,
+                last,
+                seqlen_q,
+                seqlen_k,
+                factor_columns,
+                scale,
+                HEAD_DIM,
+                VALUE_DIM,
+                RANK,
+                CAUSAL,
+                MASK,
+                WANT_DK,
+                WANT_DV,
+                WANT_DK_BIAS,
+                DESCRIPTORS,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_DV,
+                EDGE,
+            )
+
+    if WANT_DK:
+        dk_base = dk_ptr + batch * dk_strides[0] + head * dk_strides[2]
+        store_tile(dk_base, dk * scale, start_k, dk_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    if WANT_DV:
+        dv_base = dv_ptr + batch * dv_strides[0] + head * dv_strides[2]
+        store_tile(dv_base, dv, start_k, dv_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV)
+    if WANT_DK_BIAS:
+        dk_bias_base = dk_bias_ptr + batch * dk_bias_strides[0] + head * dk_bias_strides[2]
+        store_factor_gradient(dk_bias_base, dk_factor, start_k, dk_bias_strides[1], seqlen_k, rank, BLOCK_N, RANK)

@@ -1,0 +1,150 @@
+"""From a kernel function to a launchable binary, with nothing left to the JIT's own specialisation.
+
+Triton's JIT specialises on the alignment of every pointer and stride it happens to see, so the binary that
+is launched need not be the one that was proven. Here the signature and its alignment attributes follow from
+the problem alone (``layout``), which makes a compiled kernel a function of (problem, config, architecture).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import _allocation
+
+from cache_db.models import Scalar
+
+_SCALARS = {
+    "nheads": "i32",
+    "seqlen_q": "i32",
+    "seqlen_k": "i32",
+    "factor_columns": "i32",
+    "rank": "i32",
+    "scale": "fp32",
+}
+_ELEMENT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "bool": "u8", "none": "u8"}
+_FP32_POINTERS = frozenset({"lse_ptr", "delta_ptr", "dq_bias_ptr", "dk_bias_ptr"})
+# Row values and factor gradients have rows of any length, masks any strides: neither is promised to be aligned.
+_UNALIGNED = frozenset({"mask_ptr", "mask_strides", "dq_bias_strides", "dk_bias_strides"})
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel. ``binary`` is the SHA-256 of its machine code, "" in the interpreter."""
+
+    function: Any
+    compiled: Any
+    constants: Mapping[str, Any]
+    arguments: tuple[str, ...]
+    binary: str
+    stats: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+def signature_of(function: Any, dtype: str, mask: str) -> dict[str, Any]:
+    """Returns Triton's signature of a kernel of this package for inputs of ``dtype`` and a mask of kind ``mask``."""
+    signature: dict[str, Any] = {}
+    for name in function.arg_names:
+        if name == "mask_ptr":
+            signature[name] = "*" + _ELEMENT[mask]
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in _FP32_POINTERS else "*" + _ELEMENT[dtype]
+        elif name.endswith("_strides"):
+            signature[name] = ("i64",) * (4 if name == "mask_strides" else 3)
+        else:
+            signature[name] = _SCALARS.get(name, "constexpr")
+    return signature
+
+
+def attributes_of(function: Any, aligned: bool) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Returns the alignment facts of the layout class: 16-byte pointers, strides of whole 16-byte steps (8 elements)."""
+    facts: dict[tuple[int, ...], list[list[Any]]] = {}
+    if not aligned:
+        return facts
+    for index, name in enumerate(function.arg_names):
+        if name in _UNALIGNED:
+            continue
+        if name.endswith("_ptr"):
+            facts[(index,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_strides"):
+            facts.update({(index, axis): [["tt.divisibility", 8]] for axis in range(3)})
+        elif name == "factor_columns":
+            facts[(index,)] = [["tt.divisibility", 8]]
+    return facts
+
+
+def compile_binary(
+    function: Any,
+    *,
+    dtype: str,
+    mask: str,
+    aligned: bool,
+    constants: Mapping[str, Any],
+    options: Mapping[str, int],
+    capability: tuple[int, int],
+) -> Binary:
+    """Compiles ``function`` for an NVIDIA architecture without needing a GPU; in the interpreter only wraps it.
+
+    Raises what Triton raises: CompilationError, OutOfResources, PTXASError, RuntimeError.
+    """
+    arguments = tuple(name for name in function.arg_names if name not in constants)
+    if triton.knobs.runtime.interpret:
+        return Binary(function, None, dict(constants), arguments, "")
+    source = ASTSource(
+        fn=function,
+        signature=signature_of(function, dtype, mask),
+        constexprs=dict(constants),
+        attrs=attributes_of(function, aligned),
+    )
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    compiled = triton.compile(source, target=target, options=dict(options))
+    binary = hashlib.sha256(compiled.asm["cubin"]).hexdigest()
+    stats = {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
+    return Binary(function, compiled, dict(constants), arguments, binary, stats)
+
+
+def _scratch(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
+    """Returns work space; PyTorch frees it in stream order, after the launch that uses it."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@contextmanager
+def _scratch_allocator() -> Iterator[None]:
+    """Lends kernels that make descriptors their work space, and gives the caller's allocator back.
+
+    ``triton.set_allocator`` sets a context variable, which autograd's backward thread does not inherit, so this
+    stands round each launch. Triton has no call to read the allocator back.
+    """
+    token = _allocation._allocator.set(_scratch)  # type: ignore[arg-type]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        _allocation._allocator.reset(token)  # noqa: SLF001
+
+
+def launch_binary(binary: Binary, programs: int, arguments: Mapping[str, Any]) -> None:
+    """Enqueues ``programs`` programs on the current stream of the current device.
+
+    ``arguments`` holds a value for each run-time argument: tensors for pointers, int tuples for strides.
+    """
+    if programs == 0:
+        return
+    if binary.compiled is None:
+        binary.function[(programs,)](**{name: arguments[name] for name in binary.arguments}, **binary.constants)
+        return
+    constants = binary.constants
+    values: Sequence[Any] = [
+        constants[name] if name in constants else arguments[name] for name in binary.function.arg_names
+    ]
+    launch = binary.compiled[(programs, 1, 1)]
+    if binary.compiled.metadata.global_scratch_size:
+        with _scratch_allocator():
+            launch(*values)
+    else:
+        launch(*values)

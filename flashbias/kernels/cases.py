@@ -1,0 +1,159 @@
+"""The inputs on which attention kernels are timed and proven.
+
+Sizes are chosen against what goes wrong: lengths that end in the middle of a tile, Sq != Sk, ranks below the
+packed width, shared factors, logits and biases far from zero, rows with no key, and a race case of little more
+than one wave, where neighbours in time share a multiprocessor.
+
+Inputs are kept well-conditioned, because where even the ideal 16-bit kernel is far off nothing is proven. Logits
+have a standard deviation of about 0.6: a softmax that puts all weight on one key has gradients of almost nothing,
+the difference of large numbers. Large logits are large by a constant of the row, which the softmax ignores and a
+kernel must survive.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from autotune.device import DeviceInfo
+from autotune.spec import Case, Tensors
+from cache_db.models import Problem, Scalar
+
+# Query tiles of 128 rows per multiprocessor that stand for each occupancy class.
+_TILES: Final = {"<1": 0.5, "1-4": 2.0, ">4": 8.0}
+_MAX_HEADS: Final = 64
+_RACE_ROWS: Final = 505
+_INTERPRETED_ROWS: Final = 40
+
+
+def representative(problem: Problem, device: DeviceInfo) -> Case:
+    """Returns the sizes that are timed: the buckets' own lengths, heads after the occupancy class."""
+    seqlen_q, seqlen_k = int(problem.fields["seqlen_q"]), int(problem.fields["seqlen_k"])
+    if device.interpreted:
+        return _case("representative", problem, 1, 2, min(seqlen_q, 64), min(seqlen_k, 64))
+    tiles = _TILES[str(problem.fields["occupancy"])] * device.sm_count
+    pairs = max(1, round(tiles / -(-seqlen_q // 128)))
+    batch = -(-pairs // _MAX_HEADS)
+    return _case("representative", problem, batch, -(-pairs // batch), seqlen_q, seqlen_k)
+
+
+def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
+    """Returns the proof's cases; the first alone is the quick proof."""
+    if device.interpreted:
+        return [
+            _case("ragged", problem, 1, 2, _INTERPRETED_ROWS, _INTERPRETED_ROWS + 9),
+            _case("large logits", problem, 1, 1, 17, 33, logit=200.0),
+        ]
+    return [
+        _case("ragged", problem, 2, 3, 203, 331),
+        _case("short", problem, 3, 2, 17, 21),
+        _case("one query", problem, 2, 2, 1, 239),
+        _case("one key", problem, 2, 2, 67, 1),
+        _case("cross", problem, 1, 2, 1023, 513),
+        _case("long", problem, 1, 2, 1151, 2049),
+        _case("large logits", problem, 1, 4, 300, 301, logit=200.0),
+        _case("shared factors", problem, 2, 4, 257, 255, shared=True),
+        _case("negative bias", problem, 1, 4, 300, 333, bias=-60.0),
+    ]
+
+
+def race(problem: Problem, device: DeviceInfo) -> Case:
+    """Returns sizes of 1.25 waves of 64-row tiles at two blocks a multiprocessor."""
+    if device.interpreted:
+        return _case("race", problem, 1, 1, _INTERPRETED_ROWS, _INTERPRETED_ROWS)
+    pairs = round(1.25 * 2 * device.sm_count / -(-_RACE_ROWS // 64))
+    return _case("race", problem, 1, pairs, _RACE_ROWS, _RACE_ROWS)
+
+
+def _case(
+    name: str,
+    problem: Problem,
+    batch: int,
+    nheads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    logit: float = 0.0,
+    bias: float = 0.0,
+    shared: bool = False,
+) -> Case:
+    width = int(problem.fields["rank_dim"])
+    sizes: dict[str, Scalar] = {
+        "batch": batch,
+        "nheads": nheads,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        # Below the packed width, so that padding columns are seen; above half of it, so is the next smaller width.
+        "rank": width * 5 // 8 if name in ("ragged", "long") else width // 2,
+        "factor_batch": 1 if shared else batch,
+        "factor_nheads": 1 if shared else nheads,
+        "logit": logit,
+        "bias": bias,
+    }
+    return Case(name, sizes)
+
+
+def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
+    """Returns the case's tensors; a strided problem gets rows that start off a 16-byte boundary."""
+    fields = problem.fields
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(case.name.encode()))
+    dtype = getattr(torch, str(fields["dtype"]))
+    batch, nheads, seqlen_q, seqlen_k, rank, factor_batch, factor_nheads = (
+        int(case.sizes[name])
+        for name in ("batch", "nheads", "seqlen_q", "seqlen_k", "rank", "factor_batch", "factor_nheads")
+    )
+    strided = problem.layout == "strided"
+
+    def normal(*shape: int, factor: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * factor
+        if not strided:
+            return values.to(dtype)
+        room = torch.zeros((*shape[:-1], shape[-1] + 3), dtype=dtype, device=device)
+        return room[..., 1:-2].copy_(values)
+
+    head_dim, value_dim = int(fields["head_dim"]), int(fields["value_dim"])
+    found = {
+        "q": normal(batch, seqlen_q, nheads, head_dim, factor=0.5),
+        "k": normal(batch, seqlen_k, nheads, head_dim),
+        "v": normal(batch, seqlen_k, nheads, value_dim),
+        "dout": normal(batch, seqlen_q, nheads, value_dim),
+    }
+    if rank:
+        found["q_bias"] = normal(factor_batch, seqlen_q, factor_nheads, rank, factor=0.5 * rank**-0.25)
+        found["k_bias"] = normal(factor_batch, seqlen_k, factor_nheads, rank, factor=rank**-0.25)
+        _shift_rows(found["q_bias"], found["k_bias"], float(case.sizes["bias"]))
+    # Even rows far above zero, odd rows far below it.
+    _shift_rows(found["q"][:, ::2], found["k"], float(case.sizes["logit"]) * head_dim**0.5)
+    _shift_rows(found["q"][:, 1::2], found["k"], -float(case.sizes["logit"]) * head_dim**0.5)
+    if fields["mask"] != "none":
+        found["mask"] = _mask(str(fields["mask"]), (1, nheads, seqlen_q, seqlen_k), generator, device)
+    return found
+
+
+def _shift_rows(rows: Tensor, columns: Tensor, shift: float) -> None:
+    """Changes the matrices so that each row of ``rows @ columns.mT`` gains a constant of about ``shift``.
+
+    Half of the inner dim carries it, with a spread as large as its mean: a single column would make gradient rows of
+    one number, and some of those are nearly zero.
+    """
+    inner = rows.shape[3] // 2
+    if shift and inner:
+        rows[..., :inner] = (rows[..., :inner] / rows[..., :inner].std() + 1.0) * (shift / inner)
+        columns[..., :inner] = 1.0
+
+
+def _mask(kind: str, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Returns a random mask in which every seventh row sees no key."""
+    values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+    if kind == "bool":
+        mask = values > -0.7
+        mask[..., ::7, :] = False
+        return mask
+    values *= 0.5
+    values[values < -1.0] = -torch.inf
+    values[..., ::7, :] = -torch.inf
+    mask_dtype: torch.dtype = getattr(torch, kind)
+    return values.to(mask_dtype)

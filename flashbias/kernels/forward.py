@@ -1,0 +1,212 @@
+"""The forward kernel: one pass over the keys with an online softmax, O and LSE out."""
+
+import triton
+import triton.language as tl
+
+from flashbias.kernels.primitives import (
+    LN2,
+    dot,
+    load_tile,
+    masked,
+    narrow,
+    program_tile,
+    scores,
+    softmax_step,
+    store_tile,
+    tile_source,
+)
+
+
+@triton.jit
+def attend(
+    state,
+    q,
+    q_factor,
+    k_source,
+    v_source,
+    k_factor_source,
+    mask_base,
+    k_strides,
+    v_strides,
+    k_factor_strides,
+    mask_strides,
+    offsets_q,
+    first,
+    last,
+    seqlen_q,
+    seqlen_k,
+    factor_columns,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Folds key tiles ``first`` … ``last`` into state = (O accumulator, row maximum, row sum)."""
+    acc, row_max, row_sum = state
+    for start in tl.range(first, last, BLOCK_N):
+        # k: (BLOCK_N, BLOCK_D), k_factor: (BLOCK_N, RANK)
+        k = load_tile(
+            k_source, start, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, EDGE
+        )
+        k_factor = k
+        if RANK > 0:
+            k_factor = load_tile(
+                k_factor_source,
+                start,
+                k_factor_strides[1],
+                seqlen_k,
+                factor_columns,
+                BLOCK_N,
+                RANK,
+                DESCRIPTORS,
+                False,
+                EDGE,
+            )
+        s = scores(q, k, q_factor, k_factor, scale, RANK)
+        offsets_k = start + tl.arange(0, BLOCK_N)
+        s = masked(
+            s,
+            offsets_q[:, None],
+            offsets_k[None, :],
+            mask_base,
+            mask_strides,
+            seqlen_q,
+            seqlen_k,
+            MASK,
+            CAUSAL,
+            EDGE,
+        )
+        p, correction, row_max, row_sum = softmax_step(s, row_max, row_sum)
+        # v: (BLOCK_N, BLOCK_DV)
+        v = load_tile(
+            v_source,
+            start,
+            v_strides[1],
+            seqlen_k,
+            VALUE_DIM,
+            BLOCK_N,
+            BLOCK_DV,
+            DESCRIPTORS,
+            VALUE_DIM == BLOCK_DV,
+            EDGE,
+        )
+        acc = dot(narrow(p, v.dtype), v, acc * correction[:, None])
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
+    mask_ptr,
+    out_ptr,
+    lse_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    q_factor_strides,
+    k_factor_strides,
+    mask_strides,
+    out_strides,
+    nheads,
+    seqlen_q,
+    seqlen_k,
+    factor_columns,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Computes BLOCK_M rows of O and LSE of one (batch, head)."""
+    tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, CAUSAL)
+    start_q = tile * BLOCK_M
+    offsets_q = start_q + tl.arange(0, BLOCK_M)
+
+    q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
+    k_base = k_ptr + batch * k_strides[0] + head * k_strides[2]
+    v_base = v_ptr + batch * v_strides[0] + head * v_strides[2]
+    mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
+    k_source = tile_source(k_base, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_source = tile_source(v_base, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, DESCRIPTORS)
+
+    # q: (BLOCK_M, BLOCK_D), q_factor: (BLOCK_M, RANK), both resident
+    q = load_tile(q_base, start_q, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, False, HEAD_DIM == BLOCK_D, True)
+    q_factor = q
+    k_factor_source = k_source
+    if RANK > 0:
+        q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
+        k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head * k_factor_strides[2]
+        k_factor_source = tile_source(
+            k_factor_base, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, DESCRIPTORS
+        )
+        q_factor = load_tile(
+            q_factor_base, start_q, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, False, False, True
+        )
+
+    # Keys 0 … edge fill whole tiles that every row sees; the rest, up to end, need masks.
+    end = seqlen_k
+    edge = seqlen_k // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(seqlen_k, start_q + BLOCK_M)
+        edge = tl.minimum(edge, start_q // BLOCK_N * BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for EDGE in tl.static_range(2):
+        first = edge if EDGE else 0
+        last = end if EDGE else edge
+        acc, row_max, row_sum = attend(
+            (acc, row_max, row_sum),
+            q,
+            q_factor,
+            k_source,
+            v_source,
+            k_factor_source,
+            mask_base,
+            k_strides,
+            v_strides,
+            k_factor_strides,
+            mask_strides,
+            offsets_q,
+            first,
+            last,
+            seqlen_q,
+            seqlen_k,
+            factor_columns,
+            scale,
+            HEAD_DIM,
+            VALUE_DIM,
+            RANK,
+            CAUSAL,
+            MASK,
+            DESCRIPTORS,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
+            EDGE,
+        )
+
+    # A row that saw no key has row_sum 0: O is 0 there and LSE -inf.
+    divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
+    out_base = out_ptr + batch * out_strides[0] + head * out_strides[2]
+    store_tile(out_base, acc / divisor[:, None], start_q, out_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV)
+    lse_base = lse_ptr + (batch * nheads + head) * seqlen_q
+    tl.store(lse_base + offsets_q, (row_max + tl.log2(divisor)) * LN2, mask=offsets_q < seqlen_q)

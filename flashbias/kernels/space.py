@@ -1,0 +1,117 @@
+"""The configurations worth trying for each kernel, and the rules that forbid one, each with its reason."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Final
+
+from autotune.device import DeviceInfo
+from cache_db.models import Config, Problem, Scalar
+
+IMPLEMENTATION: Final = "triton"
+KERNELS: Final = ("forward", "backward_dq", "backward_dkdv")
+POINTERS: Final = "pointers"
+DESCRIPTORS: Final = "descriptors"
+
+_BLOCKS: Final = (16, 32, 64, 128)
+_WARPS: Final = (2, 4, 8)
+_STAGES: Final = (1, 2, 3, 4)
+_PARAMS: Final = {"BLOCK_M": _BLOCKS, "BLOCK_N": _BLOCKS, "num_warps": _WARPS, "num_stages": _STAGES}
+# fp32 values per thread in accumulators and score tiles: past this, ptxas spilled in every config compiled for
+# sm_90 at headdim 32, 64 and 128, and none of them came within 20 % of the fastest.
+_MAX_VALUES_PER_THREAD: Final = 288
+
+
+def config(variant: str, block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    """Returns one Triton config; BLOCK_M counts queries and BLOCK_N keys, in every kernel."""
+    params: dict[str, Scalar] = {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+    return Config(implementation=IMPLEMENTATION, variant=variant, params=params)
+
+
+def padded(dim: int) -> int:
+    """Returns the power of two (at least 16, the tensor core's step) that a head dim is computed with."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
+    """Returns every config worth trying for any kernel, most promising first, before ``rejects`` is asked."""
+    if device.interpreted:
+        return [config(POINTERS, 32, 32, 4, 1), config(DESCRIPTORS, 32, 32, 4, 1), config(POINTERS, 16, 32, 4, 1)]
+    blocks = [(64, 64), (128, 64), (64, 128), (128, 128)]
+    if problem.fields["occupancy"] == "<1" or int(problem.fields["head_dim"]) > 64:
+        blocks += [(64, 32), (32, 64)]
+    return [
+        config(variant, block_m, block_n, num_warps, num_stages)
+        for variant, (block_m, block_n), num_warps, num_stages in product(
+            (DESCRIPTORS, POINTERS), blocks, (4, 8), (3, 2)
+        )
+        # 8 warps split a tile of 64 rows into halves that wgmma cannot use; they never won there.
+        if num_warps == 4 or block_m * block_n >= 128 * 64
+    ]
+
+
+def default(kernel: str, problem: Problem, device: DeviceInfo) -> Config:
+    """Returns the conservative config: pointers, small tiles, 4 warps; right wherever it compiles."""
+    if device.interpreted:
+        return config(POINTERS, 32, 32, 4, 1)
+    wide = padded(int(problem.fields["head_dim"])) > 64 or int(problem.fields["rank_dim"]) > 32
+    return config(POINTERS, 64, 32 if wide else 64, 4, 2 if kernel == "forward" else 1)
+
+
+def rejects(kernel: str, candidate: Config, problem: Problem, device: DeviceInfo) -> str | None:
+    """Returns the reason why ``candidate`` may not run ``kernel`` of ``problem`` here, or None."""
+    if kernel not in KERNELS:
+        return f"unknown kernel {kernel!r}"
+    if candidate.implementation != IMPLEMENTATION or candidate.variant not in (POINTERS, DESCRIPTORS):
+        return f"unknown implementation {candidate.implementation}/{candidate.variant}"
+    for name, allowed in _PARAMS.items():
+        if candidate.params.get(name) not in allowed:
+            return f"{name} must be one of {allowed}"
+    if len(candidate.params) != len(_PARAMS):
+        return f"params must be exactly {', '.join(_PARAMS)}"
+    if candidate.variant == DESCRIPTORS:
+        reason = _descriptor_reason(problem, device)
+        if reason:
+            return reason
+    if device.interpreted:
+        return None
+    values = _values_per_thread(kernel, candidate, problem)
+    if values > _MAX_VALUES_PER_THREAD:
+        return f"{values} fp32 values per thread would spill (limit {_MAX_VALUES_PER_THREAD})"
+    needed = _shared_bytes(kernel, candidate, problem)
+    if needed > device.shared_memory:
+        return f"needs at least {needed} bytes of shared memory, the device has {device.shared_memory}"
+    return None
+
+
+def _descriptor_reason(problem: Problem, device: DeviceInfo) -> str | None:
+    if problem.layout != "aligned":
+        return "descriptors need 16-byte aligned pointers and strides"
+    if not device.interpreted and device.capability < (9, 0):
+        return "descriptors need compute capability 9.0"
+    return None
+
+
+def _values_per_thread(kernel: str, candidate: Config, problem: Problem) -> int:
+    block_m, block_n = int(candidate.params["BLOCK_M"]), int(candidate.params["BLOCK_N"])
+    dim, value_dim = padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"]))
+    if kernel == "forward":
+        values = block_m * (block_n + value_dim)
+    elif kernel == "backward_dq":
+        values = block_m * (2 * block_n + dim)
+    else:
+        values = block_n * (2 * block_m + dim + value_dim)
+    return values // (32 * int(candidate.params["num_warps"]))
+
+
+def _shared_bytes(kernel: str, candidate: Config, problem: Problem) -> int:
+    """Returns the least shared memory of the streamed tiles; what the compiler adds is found by compiling."""
+    dim, value_dim = padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"]))
+    rows = int(candidate.params["BLOCK_M" if kernel == "backward_dkdv" else "BLOCK_N"])
+    columns = dim + value_dim + int(problem.fields["rank_dim"])
+    return 2 * rows * columns * max(1, int(candidate.params["num_stages"]) - 1)

@@ -1,0 +1,231 @@
+"""FlashBias's settings: the only reader of ``FLASHBIAS_*``, and the same choices as a context manager.
+
+The environment is read at the first call, not at import, so that a program can set it after ``import flashbias``.
+Settings entered with :func:`settings` hold in the current thread and its asyncio tasks. Autograd runs backward in
+threads that see no context; nothing is decided there, because a forward that needs gradients decides for both.
+
+``flashbias.settings`` names this module once it is imported and the function before; so the module is callable too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypedDict, Unpack
+
+from autotune.errors import SettingsError
+from autotune.settings import Mode, Settings
+
+IMPLEMENTATIONS: Final = ("triton",)
+CURE: Final = "set FLASHBIAS_MODE=read, or tune beforehand with scripts/prewarm.py"
+JOB_WAIT_SECONDS: Final = 120.0
+
+_PREFIX: Final = "FLASHBIAS_"
+_PLANNED: Final = ("FLASHBIAS_DB_URL", "FLASHBIAS_RECORD")
+_LOGGERS: Final = ("flashbias", "autotune", "cache_db")
+_LEVELS: Final = {"quiet": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+
+logger = logging.getLogger(__name__)
+
+
+class Changes(TypedDict, total=False):
+    """What :func:`settings` accepts."""
+
+    mode: Mode | str
+    cache_dir: Path | str | None
+    budget_seconds: float
+    wait_seconds: float
+    implementations: Sequence[str]
+    log: str
+    finish: bool
+
+
+def current() -> Settings:
+    """Returns the settings in force here.
+
+    Raises SettingsError when a ``FLASHBIAS_*`` variable has a value it cannot have.
+    """
+    return _override.get() or _environment()
+
+
+def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
+    """Changes settings inside a ``with`` block, for this thread; what is not named stays as it is outside.
+
+    ``mode``: tune, read, assert, retune or off. ``cache_dir``: folder of the database, None for memory only.
+    ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
+    tunes the same problem. ``implementations``: the only ones allowed, () for all. ``log``: quiet, info or debug (loggers
+    belong to the process, so this one setting is seen by every thread). ``finish``: tune on where an earlier sweep ran
+    out of budget.
+
+    Raises SettingsError (a ValueError) for an unknown name or a wrong value.
+
+    >>> with settings(mode="read") as inside:
+    ...     inside.mode.value
+    'read'
+    """
+    for name in changes:
+        if name not in Changes.__annotations__:
+            known = list(Changes.__annotations__)
+            raise SettingsError(f"settings: expected some of {', '.join(known)}, got {name!r}{_nearest(name, known)}")
+    values: dict[str, Any] = dict(changes)
+    if isinstance(values.get("cache_dir"), str | Path):
+        values["cache_dir"] = _folder(str(values["cache_dir"]))
+    if "implementations" in values:
+        values["implementations"] = _implementations(values["implementations"])
+    return _inside(replace(current(), **values), relog="log" in values)
+
+
+def read(environment: Mapping[str, str]) -> Settings:
+    """Returns the settings that ``environment`` asks for; an unknown ``FLASHBIAS_*`` is warned about.
+
+    Raises SettingsError, naming the variable and the right values, for a value that cannot be.
+    """
+    _warn_unknown(environment)
+    values: dict[str, Any] = {"cache_dir": _default_folder(environment), "wait_seconds": _default_wait(environment)}
+    for variable, (field, parse) in _VARIABLES.items():
+        text = environment.get(variable, "").strip()
+        if text:
+            try:
+                values[field] = parse(text)
+                Settings(**{field: values[field]})
+            except SettingsError as error:
+                raise SettingsError(f"environment variable {variable}: {error}") from None
+    return Settings(**values, cure=CURE)
+
+
+def reread() -> None:
+    """Has the environment read again at the next call (for tests and notebooks that change it)."""
+    global _read  # noqa: PLW0603 - a process has one environment
+    with _lock:
+        _read = None
+
+
+@contextmanager
+def _inside(changed: Settings, *, relog: bool) -> Iterator[Settings]:
+    token = _override.set(changed)
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    try:
+        if relog:
+            _set_levels(dict.fromkeys(_LOGGERS, _LEVELS[changed.log]))
+        yield changed
+    finally:
+        _override.reset(token)
+        if relog:
+            _set_levels(levels)
+
+
+def _environment() -> Settings:
+    """Reads the process's environment once, and lets the loggers speak as it asks."""
+    global _read  # noqa: PLW0603 - a process has one environment
+    with _lock:
+        if _read is None:
+            _read = read(os.environ)
+            _listen(_read.log)
+        return _read
+
+
+def _warn_unknown(environment: Mapping[str, str]) -> None:
+    for name in sorted(environment):
+        if name in _PLANNED:
+            logger.warning("environment variable %s has no effect in this version", name)
+        elif name.startswith(_PREFIX) and name not in _VARIABLES:
+            nearest = _nearest(name, [*_VARIABLES]) or f"; the variables are {', '.join(_VARIABLES)}"
+            logger.warning("environment variable %s is not one of FlashBias's and has no effect%s", name, nearest)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    words = {each.removeprefix(_PREFIX): each for each in known}
+    found = [words[word] for word in difflib.get_close_matches(name.removeprefix(_PREFIX), words, n=1)]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _default_folder(environment: Mapping[str, str]) -> Path | None:
+    """Returns the XDG cache folder; None, with a warning, where there is no home (results then stay in memory)."""
+    root = Path(environment.get("XDG_CACHE_HOME", ""))
+    if root.is_absolute():
+        return root / "flashbias"
+    try:
+        return Path.home() / ".cache" / "flashbias"
+    except RuntimeError:
+        logger.warning("no home folder to keep tuning results in; set FLASHBIAS_CACHE_DIR")
+        return None
+
+
+def _default_wait(environment: Mapping[str, str]) -> float:
+    ranks = environment.get("WORLD_SIZE", "")
+    return JOB_WAIT_SECONDS if ranks.isdecimal() and int(ranks) > 1 else 0.0
+
+
+def _folder(text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise SettingsError(f"cache_dir: expected a folder, got {text!r}: {error}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SettingsError(f"expected a number of seconds, got {text!r}") from None
+
+
+def _implementations(names: Sequence[str]) -> tuple[str, ...]:
+    listed = names.split(",") if isinstance(names, str) else names
+    found = tuple(dict.fromkeys(name.strip() for name in listed if name.strip()))
+    for name in found:
+        if name not in IMPLEMENTATIONS:
+            raise SettingsError(f"implementations: expected some of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    return found
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to stderr as long as the application has set up no logging of its own, whenever it does so."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            self.setStream(sys.stderr)
+            super().emit(record)
+
+
+def _listen(log: str) -> None:
+    """Gives our loggers a handler on stderr and a level where the application has set up no logging."""
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    silent = [name for name in _LOGGERS if not logging.getLogger(name).hasHandlers()]
+    for name in silent:
+        logging.getLogger(name).addHandler(handler)
+    _set_levels(dict.fromkeys(silent, _LEVELS[log]))
+
+
+def _set_levels(levels: Mapping[str, int]) -> None:
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+class _CallableModule(types.ModuleType):
+    def __call__(self, **changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
+        return settings(**changes)
+
+
+_VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
+    "FLASHBIAS_MODE": ("mode", str),
+    "FLASHBIAS_CACHE_DIR": ("cache_dir", _folder),
+    "FLASHBIAS_BUDGET_SECONDS": ("budget_seconds", _number),
+    "FLASHBIAS_WAIT_SECONDS": ("wait_seconds", _number),
+    "FLASHBIAS_IMPLEMENTATIONS": ("implementations", _implementations),
+    "FLASHBIAS_LOG": ("log", str),
+}
+_override: ContextVar[Settings | None] = ContextVar("flashbias_settings", default=None)
+_lock = threading.Lock()
+_read: Settings | None = None
+sys.modules[__name__].__class__ = _CallableModule

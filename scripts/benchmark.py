@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Compares the tuned operator with its peers: ``scripts/benchmark.py --help``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flashbias.cli.benchmark import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

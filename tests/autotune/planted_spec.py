@@ -1,0 +1,61 @@
+"""The softmax of ``softmax_spec`` with the candidates that the problem itself lists, good and bad.
+
+A kernel's field reads like "32 64:zeroed_row": blocks, each with the fault to plant. Listed in the problem, they are
+the same in every process that is given it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from autotune.device import DeviceInfo, describe
+from autotune.spec import Tensors
+from cache_db.models import Config, Problem
+from tests.autotune.softmax_spec import Ready, SoftmaxSpec, softmax_config, softmax_problem
+
+
+class PlantedSpec(SoftmaxSpec):
+    """Softmax and its gradient, with planted candidates; a launch takes ``slow`` seconds."""
+
+    def soft_fields(self) -> frozenset[str]:
+        """Returns that the row length and the planted lists may differ between neighbours."""
+        return frozenset({"columns", "forward", "backward", "slow"})
+
+    def candidates(self, kernel: str, problem: Problem, device: DeviceInfo) -> Sequence[Config]:
+        """Returns what the problem lists for ``kernel``."""
+        return [_config(entry) for entry in str(problem.fields[kernel]).split()]
+
+    def default(self, kernel: str, problem: Problem, device: DeviceInfo) -> Config:
+        """Returns what the problem names as default of every kernel."""
+        return _config(str(problem.fields["default"]))
+
+    def launch(
+        self, kernel: str, compiled: Ready, problem: Problem, inputs: Tensors, outputs: Tensors, scratch: Tensors
+    ) -> None:
+        """Runs the kernel after a nap."""
+        time.sleep(float(problem.fields["slow"]))
+        super().launch(kernel, compiled, problem, inputs, outputs, scratch)
+
+
+def planted_problem(
+    forward: str = "32",
+    backward: str = "32",
+    *,
+    default: str = "256",
+    columns: int = 19,
+    slow: float = 0.0,
+    device: DeviceInfo | None = None,
+) -> Problem:
+    """Returns a problem with these candidates, on ``device`` or else the interpreter."""
+    plain = softmax_problem(device or describe(-1), columns=columns)
+    planted = {"forward": forward, "backward": backward, "default": default, "slow": slow}
+    return Problem(**{**dict(plain), "spec": f"{__name__}:PLANTED", "fields": {**plain.fields, **planted}})
+
+
+def _config(entry: str) -> Config:
+    block, _, fault = entry.partition(":")
+    return softmax_config(int(block), fault)
+
+
+PLANTED = PlantedSpec()

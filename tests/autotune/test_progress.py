@@ -1,0 +1,80 @@
+"""autotune.progress: what a long loop shows."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from autotune import progress
+from autotune.progress import remaining, track
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Returns True."""
+        return True
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "elapsed", "expected"),
+    [(0, 10, 5.0, "?"), (10, 40, 20.0, "1:00"), (1, 2, 3.4, "0:03"), (1, 3601, 1.0, "1:00:00"), (5, 5, 9.0, "0:00")],
+)
+def test_time_left_is_extrapolated_from_the_pace(done: int, total: int, elapsed: float, expected: str) -> None:
+    """The time left assumes that the rest goes as fast as what is done."""
+    assert remaining(done, total, elapsed) == expected
+
+
+@pytest.mark.parametrize("log", ["quiet", "info", "debug"])
+def test_items_pass_through_unchanged(log: str) -> None:
+    """Whatever is shown, the loop sees the same items in the same order."""
+    assert list(track(iter(range(7)), "counting", 7, log=log)) == list(range(7))
+
+
+def test_lines_say_done_total_left_and_note(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Off a terminal each report is one log line with count, time left and the caller's note."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO, logger="autotune.progress"):
+        list(track("abc", "proving", 3, note=lambda: "best 2 ms"))
+    assert len(caplog.messages) == 3
+    assert caplog.messages[0] == "proving: 0 of 3 done, ? left, best 2 ms"
+    assert caplog.messages[2].startswith("proving: 2 of 3 done, 0:00 left")
+
+
+def test_short_loops_write_nothing(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loop that ends before the first report is due leaves no trace off a terminal."""
+    with caplog.at_level(logging.DEBUG):
+        list(track("abc", "proving", 3))
+    assert not caplog.messages
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_shows_nothing_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log level quiet silences the bar."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    list(track("abc", "proving", 3, log="quiet"))
+    assert terminal.getvalue() == ""
+
+
+def test_terminal_gets_a_bar_that_is_wiped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rich, a terminal shows title, count and note, and an abandoned loop leaves the cursor visible."""
+    pytest.importorskip("rich", reason="the bar needs rich")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    loop: Iterator[str] = track("abc", "proving", 3, note=lambda: "best 2 ms")
+    next(loop)
+    next(loop)
+    loop.close()
+    shown = terminal.getvalue()
+    assert "proving" in shown
+    assert "1/3" in shown
+    assert shown.rstrip().endswith("\x1b[2K")
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")

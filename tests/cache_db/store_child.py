@@ -1,0 +1,100 @@
+"""What the tests of several processes run in them: ``python store_child.py ACTION DIRECTORY [ARGUMENT ...]``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import store_examples as examples
+
+from cache_db import open_layers
+from cache_db.store import Store
+
+KEYS = 6
+
+
+def _say(*words: object) -> None:
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def write(directory: Path, first: str, count: str) -> None:
+    """Adds ``count`` trials and names each once it is acknowledged."""
+    store = Store.open(directory / "flashbias.db")
+    for block in range(int(first), int(first) + int(count)):
+        store.add_trial(examples.trial(block))
+        _say(block)
+
+
+def sweep(directory: Path, owner: str, hold: str, seconds: str) -> None:
+    """Sweeps every key once in the whole test, by the rules of a call: look, claim, look again, sweep, store, release."""
+    layers = open_layers(directory)
+    for key in range(KEYS):
+        at = examples.problem(fields={"head_dim": 16 + key})
+        while not layers.winners(at):
+            lease = layers.claim(at.hash, owner, "host", float(seconds))
+            if lease is None:
+                time.sleep(0.01)
+                continue
+            if not layers.winners(at):
+                _say("begin", key)
+                time.sleep(float(hold))
+                layers.put_winner(examples.winner(at=at, kernel=f"by-{owner}"))
+                _say("end", key)
+            layers.release(lease)
+
+
+def recover(directory: Path, owner: str) -> None:
+    """Opens a file that may be damaged, together with others, and stores a row of its own."""
+    while not (directory / "go").exists():
+        time.sleep(0.001)
+    layers = open_layers(directory)
+    layers.add_trial(examples.trial(int(owner)))
+    _say(layers.location)
+
+
+def use(directory: Path) -> None:
+    """Uses a database that can be read but not written: says what was read, what was kept and where."""
+    layers = open_layers(directory)
+    read = len(layers.trials(examples.problem()))
+    for block in (9001, 9002):
+        layers.add_trial(examples.trial(block, reason="x" * 8192))
+    kept = layers.put_winner(examples.winner(9001))
+    claimed = layers.claim("p" * 64, "me", "host", 10.0) is not None
+    _say(
+        read,
+        len(layers.trials(examples.problem())),
+        kept.config.params["BLOCK_M"],
+        claimed,
+        layers.location,
+    )
+
+
+def use_as_nobody(directory: Path) -> None:
+    """As ``use``, by a user who owns nothing (where we are root, whom no permission stops)."""
+    Store.open(directory / "flashbias.db").counts()
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    use(directory)
+
+
+def use_without_space(directory: Path) -> None:
+    """As ``use``, where no file may grow beyond what the database has."""
+    size = (directory / "flashbias.db").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    use(directory)
+
+
+ACTIONS: dict[str, Callable[..., None]] = {
+    action.__name__: action for action in (write, sweep, recover, use, use_as_nobody, use_without_space)
+}
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    ACTIONS[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

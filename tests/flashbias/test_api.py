@@ -1,0 +1,210 @@
+"""The operator's door: what is allowed runs, and what is not is refused with what, expected, got and a cure."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashbias import errors
+from flashbias.api import flash_bias_func
+from flashbias.errors import ArgumentError, FlashBiasError, UnsupportedError
+from tests.flashbias.cases import CALLS, Call, make, naive
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Returns valid arguments (B 2, Sq 5, Sk 7, H 4, D 8, R 3, fp32), but for ``changes``."""
+    valid = {
+        "q": torch.zeros(2, 5, 4, 8),
+        "k": torch.zeros(2, 7, 4, 8),
+        "v": torch.zeros(2, 7, 4, 8),
+        "q_bias": torch.zeros(2, 5, 4, 3),
+        "k_bias": torch.zeros(2, 7, 4, 3),
+    }
+    return valid | changes
+
+
+def call_api(call: Call) -> Tensor:
+    """Returns the operator's result."""
+    return flash_bias_func(*call.arguments)
+
+
+class TestAllowed:
+    """Everything the docstring promises runs."""
+
+    @pytest.mark.parametrize("name", CALLS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_result_is_softmax(self, name: str, dtype: torch.dtype) -> None:
+        """Masks, broadcast factors, causal, dead rows: the result is that of an independent softmax."""
+        call = replace(CALLS[name], **{key: tensor.to(dtype) for key, tensor in CALLS[name].factors()})
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+        torch.testing.assert_close(call_api(call), naive(call)[0], rtol=tolerance, atol=tolerance)
+
+    def test_signature_is_positional_compatible_with_upstream(self) -> None:
+        """The eight arguments come in upstream's order, so its callers need not change."""
+        names = ["q", "k", "v", "q_bias", "k_bias", "mask", "causal", "softmax_scale"]
+        parameters = inspect.signature(flash_bias_func).parameters
+        assert list(parameters) == names
+        assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+        assert [parameters[name].default for name in names[3:]] == [None, None, None, False, None]
+
+    def test_default_scale_is_inverse_root_of_head_dim(self) -> None:
+        """Without softmax_scale the scores are scaled by 1/sqrt(D)."""
+        call = make(rank=0)
+        expected = flash_bias_func(call.q, call.k, call.v, softmax_scale=1 / math.sqrt(8))
+        assert torch.equal(flash_bias_func(call.q, call.k, call.v), expected)
+
+    @pytest.mark.parametrize("scale", [0, 1, -0.5, 0.0])
+    def test_any_finite_scale(self, scale: float) -> None:
+        """Integers, zero and negative scales are scales too."""
+        call = replace(make(), scale=scale)
+        torch.testing.assert_close(call_api(call), naive(call)[0])
+
+    @pytest.mark.parametrize("shape", [(), (7,), (5, 1), (5, 7), (4, 1, 7), (1, 1, 5, 7), (2, 4, 5, 7), (2, 1, 1, 1)])
+    def test_masks_broadcast_from_the_right(self, shape: tuple[int, ...]) -> None:
+        """A mask of up to four dims is aligned right to (B, H, Sq, Sk)."""
+        random = torch.Generator().manual_seed(0)
+        mask = torch.randn(shape, generator=random) > 0
+        given = {name: torch.randn(t.shape, generator=random) for name, t in arguments().items()}
+        expected = flash_bias_func(**given, mask=mask.expand(2, 4, 5, 7).contiguous())
+        assert torch.equal(flash_bias_func(**given, mask=mask), expected)
+
+    @pytest.mark.parametrize("sizes", [(0, 3, 5, 5), (2, 0, 5, 5), (2, 3, 0, 5), (2, 3, 5, 0)])
+    def test_zero_sizes(self, sizes: tuple[int, int, int, int]) -> None:
+        """No batch, heads, rows or keys: zeros of the right shape, and gradients of zero."""
+        batch, heads, rows, keys = sizes
+        q, k = torch.ones(batch, rows, heads, 8), torch.ones(batch, keys, heads, 8)
+        q_bias, k_bias = torch.ones(1, rows, heads, 2), torch.ones(batch, keys, 1, 2)
+        inputs = [tensor.requires_grad_() for tensor in (q, k, k.clone(), q_bias, k_bias)]
+        out = flash_bias_func(*inputs, torch.ones(keys, dtype=torch.bool), True)
+        assert out.shape == q.shape
+        assert not out.any()
+        gradients = torch.autograd.grad(out.sum(), inputs)
+        assert [g.shape for g in gradients] == [t.shape for t in inputs]
+        assert not any(g.any() for g in gradients)
+
+    def test_mask_with_gradient_runs_where_nobody_asks_for_it(self) -> None:
+        """Under no_grad a mask that requires grad is a mask like any other."""
+        mask = torch.zeros(5, 7, requires_grad=True)
+        with torch.no_grad():
+            assert flash_bias_func(**arguments(mask=mask)).shape == (2, 5, 4, 8)
+
+
+zeros = torch.zeros
+WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "not a tensor": ({"q": [1.0]}, ["q", "a tensor (B, Sq, H, D)", "list"]),
+    "three dims": ({"k": zeros(7, 4, 8)}, ["k", "4 dims (B, Sk, H, D)", "(7, 4, 8)", "unsqueeze"]),
+    "five dims": ({"q_bias": zeros(1, 2, 5, 4, 3)}, ["q_bias", "4 dims (B or 1, Sq, H or 1, R)", "(1, 2, 5, 4, 3)"]),
+    "sparse": ({"v": zeros(2, 7, 4, 8).to_sparse()}, ["v", "dense", "sparse_coo"]),
+    "integer q": ({"q": zeros(2, 5, 4, 8, dtype=torch.int32)}, ["q", "float16 or bfloat16", "int32", "Cast"]),
+    "complex q": ({"q": zeros(2, 5, 4, 8, dtype=torch.complex64)}, ["q", "float16 or bfloat16", "complex64"]),
+    "mixed dtypes": ({"k": zeros(2, 7, 4, 8).half()}, ["k", "float32 as q", "float16", "k.to(q.dtype)"]),
+    "integer factor": ({"k_bias": zeros(2, 7, 4, 3).long()}, ["k_bias", "float32 as q", "int64", "k_bias.to(q.dtype)"]),
+    "device": ({"v": zeros(2, 7, 4, 8, device="meta")}, ["v", "cpu as q", "meta", "v.to(q.device)"]),
+    "factor device": ({"q_bias": zeros(2, 5, 4, 3, device="meta")}, ["q_bias", "cpu as q", "meta"]),
+    "mask device": ({"mask": zeros(5, 7, device="meta")}, ["mask", "cpu as q", "meta"]),
+    "batch of k": ({"k": zeros(3, 7, 4, 8)}, ["k", "batch (dim 0) 2 as in q", "3 in shape (3, 7, 4, 8)"]),
+    "batch of v": ({"v": zeros(1, 7, 4, 8)}, ["v", "batch (dim 0) 2 as in q", "1 in shape"]),
+    "heads of k": ({"k": zeros(2, 7, 3, 8)}, ["k", "4 heads (dim 2) as in q", "3 in shape", "transpose(1, 2)"]),
+    "length of v": ({"v": zeros(2, 6, 4, 8)}, ["v", "length (dim 1) 7 as in k", "6 in shape"]),
+    "head dim of k": ({"k": zeros(2, 7, 4, 9)}, ["k", "head dim (dim 3) 8 as in q", "9 in shape"]),
+    "no head dim": (
+        {name: zeros(2, size, 4, 0) for name, size in (("q", 5), ("k", 7), ("v", 7))},
+        ["q", "from 1 to 128", "(2, 5, 4, 0)"],
+    ),
+    "no value dim": ({"v": zeros(2, 7, 4, 0)}, ["v", "from 1 to 128", "(2, 7, 4, 0)"]),
+    "q_bias alone": ({"k_bias": None}, ["both or none", "q_bias without k_bias"]),
+    "k_bias alone": ({"q_bias": None}, ["both or none", "k_bias without q_bias"]),
+    "length of q_bias": ({"q_bias": zeros(2, 1, 4, 3)}, ["q_bias", "length (dim 1) 5 as in q", "1 in shape"]),
+    "length of k_bias": ({"k_bias": zeros(2, 5, 4, 3)}, ["k_bias", "length (dim 1) 7 as in k", "5 in shape"]),
+    "batch of q_bias": ({"q_bias": zeros(3, 5, 4, 3)}, ["q_bias", "batch 1 or (dim 0) 2", "3 in shape"]),
+    "heads of k_bias": ({"k_bias": zeros(2, 7, 2, 3)}, ["k_bias", "heads 1 or (dim 2) 4", "2 in shape"]),
+    "rank of k_bias": ({"k_bias": zeros(2, 7, 4, 2)}, ["k_bias", "rank (dim 3) 3 as in q_bias", "2 in shape"]),
+    "no rank": (
+        {"q_bias": zeros(2, 5, 4, 0), "k_bias": zeros(2, 7, 4, 0)},
+        ["q_bias", "a rank (dim 3) from 1 to 128", "0", "None"],
+    ),
+    "integer mask": ({"mask": zeros(5, 7, dtype=torch.int64)}, ["mask", "bool", "float", "int64", "mask.bool()"]),
+    "mask of five dims": ({"mask": zeros(1, 1, 1, 5, 7)}, ["mask", "(2, 4, 5, 7)", "(1, 1, 1, 5, 7)"]),
+    "padding mask": ({"mask": zeros(2, 7).bool()}, ["mask", "aligned right", "(2, 7)", "mask[:, None, None, :]"]),
+    "mask too long": ({"mask": zeros(5, 8)}, ["mask", "(2, 4, 5, 7)", "(5, 8)"]),
+    "mask not a tensor": ({"mask": [[True]]}, ["mask", "a tensor broadcastable to (2, 4, 5, 7)", "list"]),
+    "causal by name": ({"causal": "top_left"}, ["causal", "True or False", "'top_left' (str)"]),
+    "causal by number": ({"causal": 1}, ["causal", "True or False", "1 (int)"]),
+    "scale as text": ({"softmax_scale": "0.5"}, ["softmax_scale", "a finite number or None", "'0.5' (str)"]),
+    "scale as tensor": ({"softmax_scale": torch.ones(())}, ["softmax_scale", "a finite number or None", "Tensor"]),
+    "scale as bool": ({"softmax_scale": True}, ["softmax_scale", "a finite number or None", "True (bool)"]),
+    "infinite scale": ({"softmax_scale": math.inf}, ["softmax_scale", "a finite number or None", "inf"]),
+}
+UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "grouped queries": (
+        {"k": zeros(2, 7, 2, 8), "v": zeros(2, 7, 2, 8)},
+        ["k", "4 heads", "Grouped-query attention is not supported yet", "k.repeat_interleave(2, dim=2)"],
+    ),
+    "factor of another precision": (
+        {"k_bias": zeros(2, 7, 4, 3).double()},
+        ["k_bias", "float32 as q", "float64", "not supported yet", "k_bias.to(q.dtype)"],
+    ),
+    "wide head dim": (
+        {name: zeros(2, size, 4, 129) for name, size in (("q", 5), ("k", 7), ("v", 7))},
+        ["q", "a head dim (dim 3) of at most 128", "129"],
+    ),
+    "wide value dim": ({"v": zeros(2, 7, 4, 129)}, ["v", "a head dim (dim 3) of at most 128", "129"]),
+    "high rank": (
+        {"q_bias": zeros(2, 5, 4, 129), "k_bias": zeros(2, 7, 4, 129)},
+        ["q_bias", "a rank of at most 128", "129", "additive mask"],
+    ),
+    "mask gradient": (
+        {"mask": zeros(5, 7, requires_grad=True)},
+        ["mask", "without gradient", "requires_grad=True", "mask.detach()"],
+    ),
+}
+
+
+class TestRefused:
+    """What cannot work is refused before anything runs, by one clear message."""
+
+    @pytest.mark.parametrize("name", WRONG)
+    def test_wrong_argument(self, name: str) -> None:
+        """A wrong argument is a ValueError that names it, what was expected, what came and what to do."""
+        changes, parts = WRONG[name]
+        with pytest.raises(ArgumentError) as caught:
+            flash_bias_func(**arguments(**changes))
+        assert isinstance(caught.value, ValueError)
+        assert all(part in str(caught.value) for part in parts), str(caught.value)
+        assert str(caught.value).startswith(parts[0]) or parts[0] == "both or none"
+
+    @pytest.mark.parametrize("name", UNSUPPORTED)
+    def test_unsupported_wish(self, name: str) -> None:
+        """A sensible wish that is not fulfilled yet is a NotImplementedError with a way round."""
+        changes, parts = UNSUPPORTED[name]
+        with pytest.raises(UnsupportedError) as caught:
+            flash_bias_func(**arguments(**changes))
+        assert isinstance(caught.value, NotImplementedError)
+        assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_wide_floats_on_a_gpu(self, dtype: torch.dtype) -> None:
+        """fp32 and fp64 run on a CPU only, and the message says so."""
+        with FakeTensorMode():
+            given = {name: torch.empty(t.shape, dtype=dtype, device="cuda") for name, t in arguments().items()}
+            with pytest.raises(UnsupportedError, match=r"float16 or bfloat16 on a GPU, got float\d\d.*run on the CPU"):
+                flash_bias_func(**given)
+
+    def test_nested_tensors(self) -> None:
+        """A nested tensor is refused with the advice to pad it."""
+        nested = torch.nested.nested_tensor([zeros(5, 4, 8), zeros(3, 4, 8)], layout=torch.jagged)
+        with pytest.raises(ArgumentError, match=r"q: expected a dense tensor .*nested.*Pad it"):
+            flash_bias_func(**arguments(q=nested))
+
+    def test_errors_have_one_base(self) -> None:
+        """Everything raised on purpose can be caught as FlashBiasError."""
+        kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
+        assert {ArgumentError, UnsupportedError} < set(kinds)
+        assert all(issubclass(kind, FlashBiasError) for kind in kinds)

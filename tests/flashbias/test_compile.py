@@ -1,0 +1,80 @@
+"""The kernels compile for every supported architecture, without a GPU, and use what the architecture offers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autotune.device import DeviceInfo
+from cache_db.models import Config, Environment
+from flashbias.kernels import space
+from flashbias.kernels.arguments import compile_kernel
+from flashbias.kernels.problem import GRADIENTS, Shape, problem
+
+pytestmark = pytest.mark.compile_only
+
+HOPPER = DeviceInfo(
+    index=0,
+    name="target",
+    uuid="",
+    capability=(9, 0),
+    sm_count=132,
+    shared_memory=232448,
+    mig_profile="",
+    triton_version="",
+    environment=Environment(driver="", ptxas="", torch=""),
+)
+SHAPE = Shape(batch=1, nheads=4, seqlen_q=512, seqlen_k=512, headdim=64, rank=8, causal=True, grads=GRADIENTS)
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Returns the opt-in shared memory of a block on the architecture, in bytes."""
+    return {(8, 0): 166912, (9, 0): 232448, (10, 0): 232448}.get(capability, 101376)
+
+
+@pytest.mark.parametrize("kernel", space.KERNELS)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_the_default_config_compiles_and_fits_on_every_architecture(kernel: str, capability: tuple[int, int]) -> None:
+    """The ladder's last Triton rung exists from Ampere to Blackwell."""
+    device = replace(HOPPER, capability=capability, shared_memory=shared_memory(capability))
+    found = problem(SHAPE, device)
+    binary = compile_kernel(kernel, space.default(kernel, found, device), found, device)
+    assert len(binary.binary) == 64
+    assert int(binary.stats["shared"]) <= device.shared_memory
+
+
+@pytest.mark.parametrize("kernel", space.KERNELS)
+def test_hopper_binaries_use_tensor_cores_and_bulk_copies(kernel: str) -> None:
+    """Descriptor configs become wgmma and TMA instructions, not a slow emulation."""
+    found = problem(SHAPE, HOPPER)
+    binary = compile_kernel(kernel, space.config(space.DESCRIPTORS, 64, 64, 4, 2), found, HOPPER)
+    assert "wgmma.mma_async" in binary.compiled.asm["ptx"]
+    assert "cp.async.bulk.tensor" in binary.compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("kernel", space.KERNELS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask": "bool", "rank": 0, "causal": False},
+        {"mask": "float32", "headdim": 128, "rank": 128},
+        {"headdim": 40, "value_dim": 24, "dtype": "bfloat16", "layout": "strided"},
+        {"headdim": 20, "grads": ("k_bias",)},
+    ],
+    ids=str,
+)
+def test_every_kind_of_problem_compiles(kernel: str, changes: dict[str, object]) -> None:
+    """Masks, wide ranks, odd head dims, unaligned layouts and single gradients have their kernels."""
+    found = problem(SHAPE.model_copy(update=changes), HOPPER)
+    assert compile_kernel(kernel, space.default(kernel, found, HOPPER), found, HOPPER).binary
+
+
+def test_the_layout_class_decides_the_binary_and_nothing_else_does() -> None:
+    """Aligned and strided problems launch different code; the same problem always launches the same."""
+    config: Config = space.config(space.POINTERS, 64, 64, 4, 2)
+    aligned = problem(SHAPE, HOPPER)
+    strided = problem(SHAPE.model_copy(update={"layout": "strided"}), HOPPER)
+    first, again = (compile_kernel("forward", config, aligned, HOPPER).binary for _ in range(2))
+    assert first == again
+    assert compile_kernel("forward", config, strided, HOPPER).binary != first

@@ -1,0 +1,107 @@
+"""Candidates and the rules that forbid one, and the fields that make two calls the same problem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autotune.device import DeviceInfo, describe
+from cache_db.models import Config, Environment
+from flashbias.kernels import space
+from flashbias.kernels.problem import GRADIENTS, Shape, bucket, occupancy, packed_rank, problem
+from flashbias.kernels.spec import ATTENTION
+
+H200 = DeviceInfo(
+    index=0,
+    name="NVIDIA H200",
+    uuid="GPU-0",
+    capability=(9, 0),
+    sm_count=132,
+    shared_memory=232448,
+    mig_profile="",
+    triton_version="3.6.0",
+    environment=Environment(driver="580", ptxas="12.8", torch="2.11"),
+)
+A100 = replace(H200, name="NVIDIA A100", capability=(8, 0), sm_count=108, shared_memory=166912)
+BASE = Shape(batch=2, nheads=16, seqlen_q=8192, seqlen_k=8192, headdim=64, rank=8, dtype="bfloat16", grads=GRADIENTS)
+
+
+@pytest.mark.parametrize("headdim", [16, 32, 64, 128])
+@pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
+def test_every_kernel_has_candidates_and_a_default_that_no_rule_forbids(headdim: int, device: DeviceInfo) -> None:
+    """A problem is never left without something to try, and the ladder's default is always allowed."""
+    found = problem(BASE.model_copy(update={"headdim": headdim}), device)
+    for kernel in ATTENTION.kernels(found):
+        allowed = [c for c in space.candidates(found, device) if not space.rejects(kernel, c, found, device)]
+        assert len(allowed) >= 6
+        assert len(set(allowed)) == len(allowed)
+        assert space.rejects(kernel, space.default(kernel, found, device), found, device) is None
+
+
+def test_descriptors_are_refused_with_the_reason_where_they_cannot_work() -> None:
+    """Before Hopper and for unaligned tensors the rule names what is missing."""
+    candidate = space.config(space.DESCRIPTORS, 64, 64, 4, 2)
+    assert "9.0" in str(space.rejects("forward", candidate, problem(BASE, A100), A100))
+    strided = problem(BASE.model_copy(update={"layout": "strided"}), H200)
+    assert "aligned" in str(space.rejects("forward", candidate, strided, H200))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"BLOCK_M": 48, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 64},
+    ],
+)
+def test_a_foreign_row_of_the_database_is_refused(params: dict[str, int]) -> None:
+    """A stored config with unknown, missing or impossible parameters has a reason against it."""
+    config = Config(implementation="triton", variant="pointers", params=dict(params))
+    assert space.rejects("forward", config, problem(BASE, H200), H200)
+    other = Config(implementation="cuda", variant="pointers", params={})
+    assert "unknown" in str(space.rejects("forward", other, problem(BASE, H200), H200))
+
+
+def test_tiles_that_cannot_fit_are_refused_with_figures() -> None:
+    """Register and shared-memory rules say how much is needed and how much there is."""
+    wide = problem(BASE.model_copy(update={"headdim": 128}), H200)
+    assert "fp32 values" in str(space.rejects("forward", space.config("pointers", 128, 128, 2, 2), wide, H200))
+    small = replace(H200, shared_memory=49152)
+    assert "shared memory" in str(space.rejects("forward", space.config("pointers", 64, 128, 4, 4), wide, small))
+
+
+def test_ranks_of_one_packed_width_and_lengths_of_one_bucket_are_one_problem() -> None:
+    """R = 2, 5 and 8 and seqlens 4097 … 8192 share a tuning result; R = 17 or another dtype does not."""
+    base = problem(BASE, H200)
+    for same in ({"rank": 2}, {"rank": 16}, {"seqlen_q": 4097}, {"nheads": 17}):
+        assert problem(BASE.model_copy(update=same), H200) == base
+    others = ({"rank": 17}, {"dtype": "float16"}, {"causal": True}, {"grads": ()}, {"seqlen_k": 4096}, {"mask": "bool"})
+    assert len({problem(BASE.model_copy(update=other), H200).hash for other in others} | {base.hash}) == 7
+
+
+def test_a_head_dim_that_cannot_be_aligned_is_a_strided_problem() -> None:
+    """Rows of 20 halves are 40 bytes: no claim of 16-byte steps may be made for them."""
+    assert problem(BASE.model_copy(update={"headdim": 20}), H200).layout == "strided"
+    assert problem(BASE.model_copy(update={"headdim": 40}), H200).layout == "aligned"
+
+
+def test_sizes_become_classes() -> None:
+    """Buckets, packed widths and occupancy classes have the documented borders."""
+    assert [bucket(n) for n in (1, 128, 129, 2048)] == [128, 128, 256, 2048]
+    assert [packed_rank(n) for n in (0, 1, 16, 17, 96, 128)] == [0, 16, 16, 32, 128, 128]
+    assert [occupancy(b, 1, 128, 132) for b in (131, 132, 528, 529)] == ["<1", "1-4", "1-4", ">4"]
+
+
+@pytest.mark.parametrize(
+    ("grads", "kernels"),
+    [
+        ((), ("forward",)),
+        (("q",), ("forward", "backward_dq")),
+        (("v",), ("forward", "backward_dq", "backward_dkdv")),
+        (GRADIENTS, ("forward", "backward_dq", "backward_dkdv")),
+    ],
+)
+def test_only_the_kernels_that_the_gradients_need_are_tuned(grads: tuple[str, ...], kernels: tuple[str, ...]) -> None:
+    """Inference tunes one kernel; a query-side gradient two."""
+    assert ATTENTION.kernels(problem(BASE.model_copy(update={"grads": grads}), describe(-1))) == kernels

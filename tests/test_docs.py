@@ -1,0 +1,49 @@
+"""The README and the pages it links to stay true."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [
+    pytest.param(code, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_each_example_runs(code: str, tmp_path: Path) -> None:
+    """What a reader copies out of a page runs as it stands, in a plain Python."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_link_leads_somewhere(page: Path) -> None:
+    """A relative link on a page names a file of this project."""
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_settings_page_lists_every_variable() -> None:
+    """The table of environment variables names exactly those that are read."""
+    from flashbias.settings import _VARIABLES
+
+    listed = re.findall(
+        r"^\| `(FLASHBIAS_\w+)`", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(_VARIABLES)
+
+
+def test_the_readme_stays_short() -> None:
+    """A reader gets through the README: under 150 lines."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
