@@ -48,8 +48,9 @@ class Compilation:
         return not self._waiting.get(kernel) and self._open.get(kernel, 0) == 0
 
     def abandon(self, kernel: str) -> None:
-        """Compiles no more of ``kernel``; what is ready is dropped."""
-        self._abandoned.add(kernel)
+        """Compiles no more of ``kernel``; what is ready is dropped. Other compiles lose time only if some are left."""
+        if self._open.get(kernel, 0):
+            self._abandoned.add(kernel)
         self._waiting.pop(kernel, None)
 
     def close(self, seconds: float = 5.0) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +79,10 @@ def ptxas_version(arch: int) -> str:
 def driver_version() -> str:
     """Returns the NVIDIA kernel driver's version, "" where none is loaded."""
     try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
-            found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", file.read())
-            if found:
-                return found.group(1)
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+        if found:
+            return found.group(1)
     except OSError:
         pass
     try:

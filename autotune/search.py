@@ -61,7 +61,7 @@ class Sweep:
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
-        limit = INTERPRETER_SECONDS if scene.device.interpreted else math.inf
+        limit = INTERPRETER_SECONDS if scene.device.interpreted and not scene.settings.finish else math.inf
         self.seconds = min(scene.settings.budget_seconds, limit)
         self._plans = {kernel: Plan.of(scene, kernel) for kernel in scene.kernels}
         self.failure = ""

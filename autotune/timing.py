@@ -25,20 +25,25 @@ LEAD_CYCLES: Final = 120_000
 
 
 def interleaved(
-    launches: Mapping[str, Launch], rounds: int, device: torch.device, notice: Callable[[], None] = lambda: None
+    launches: Mapping[str, Launch],
+    rounds: int,
+    device: torch.device,
+    notice: Callable[[], None] = lambda: None,
+    lead_cycles: int = LEAD_CYCLES,
 ) -> dict[str, list[float]]:
     """Runs every launch once a round, ``rounds`` times, and returns the milliseconds of each.
 
-    On a GPU the L2 is flushed before each launch and CUDA events time it; ``notice`` is called before each round.
+    On a GPU the L2 is flushed before each launch and CUDA events time it, behind a busy-wait of ``lead_cycles`` for each
+    launch, which must outlast the host's work for it; ``notice`` is called before each round.
     Candidates slower than ``LAGGARD`` times the fastest of the first round keep that one sample.
     """
-    timed = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     samples: dict[str, list[float]] = {name: [] for name in launches}
     running = dict(launches)
     buffer = _flush_buffer(device) if device.type == "cuda" else None
     for number in range(rounds):
         notice()
-        for name, milliseconds in timed(running, buffer).items():
+        timed = _time_on_cpu(running) if buffer is None else _time_on_gpu(running, buffer, lead_cycles)
+        for name, milliseconds in timed.items():
             samples[name].append(milliseconds)
         if number == 0:
             fastest = min((values[0] for values in samples.values()), default=0.0)
@@ -65,7 +70,7 @@ def _quantile(ordered: Sequence[float], part: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _time_on_cpu(launches: Mapping[str, Launch], _: torch.Tensor | None) -> dict[str, float]:
+def _time_on_cpu(launches: Mapping[str, Launch]) -> dict[str, float]:
     result = {}
     for name, launch in launches.items():
         started = time.perf_counter()
@@ -74,17 +79,16 @@ def _time_on_cpu(launches: Mapping[str, Launch], _: torch.Tensor | None) -> dict
     return result
 
 
-def _time_on_gpu(launches: Mapping[str, Launch], flush: torch.Tensor | None) -> dict[str, float]:
+def _time_on_gpu(launches: Mapping[str, Launch], flush: torch.Tensor, lead_cycles: int) -> dict[str, float]:
     result: dict[str, float] = {}
     names = list(launches)
     for first in range(0, len(names), LAUNCHES_A_LEAD):
         chunk = names[first : first + LAUNCHES_A_LEAD]
         events: dict[str, tuple[Any, Any]] = {}
-        torch.cuda._sleep(LEAD_CYCLES * len(chunk))  # noqa: SLF001  # the only busy-wait
+        torch.cuda._sleep(lead_cycles * len(chunk))  # noqa: SLF001  # the only busy-wait
         for name in chunk:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if flush is not None:
-                flush.zero_()
+            flush.zero_()
             before.record()
             launches[name]()
             after.record()

@@ -6,7 +6,9 @@ part of a peer's time, because a caller has to do it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,7 +92,7 @@ def sdpa_concat_flash(inputs: Inputs) -> Tensor:
     q, k = torch.cat([inputs.q * inputs.scale, inputs.q_bias], -1), torch.cat([inputs.k, inputs.k_bias], -1)
     width = -(-q.shape[3] // 8) * 8
     q, k, v = (F.pad(tensor, (0, width - tensor.shape[3])).transpose(1, 2) for tensor in (q, k, inputs.v))
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with _only(SDPBackend.FLASH_ATTENTION):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, scale=1.0)
     return out[..., : inputs.v.shape[3]].transpose(1, 2)
 
@@ -103,10 +105,18 @@ def sdpa_without_bias(inputs: Inputs) -> Tensor:
 
 def _with(backend: SDPBackend) -> Forward:
     def run(inputs: Inputs) -> Tensor:
-        with sdpa_kernel(backend):
+        with _only(backend):
             return sdpa_concat(inputs)
 
     return run
+
+
+@contextmanager
+def _only(backend: SDPBackend) -> Iterator[None]:
+    """Allows one SDPA backend, without the warnings that explain why each of the others was not taken."""
+    with warnings.catch_warnings(), sdpa_kernel(backend):
+        warnings.simplefilter("ignore")
+        yield
 
 
 PROVIDERS: Final[Mapping[str, Forward]] = {

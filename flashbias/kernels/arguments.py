@@ -6,11 +6,13 @@ what is launched.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import triton
 from torch import Tensor
 
 from autotune.device import DeviceInfo
@@ -85,10 +87,24 @@ def pack(factor: Tensor, packed: Tensor) -> Tensor:
     return packed
 
 
+@functools.cache
+def _settle_cache_keys() -> None:
+    """Has Triton hash every kernel, in one order.
+
+    The key under which Triton 3.6 keeps a binary on disk depends on which other kernels the process hashed before
+    (functions they share hand on different sets of globals), so without this a binary that one process compiled is
+    compiled again in the next: 1 to 2 s for each backward config.
+    """
+    if not triton.knobs.runtime.interpret:
+        for function in FUNCTIONS.values():
+            _ = function.cache_key
+
+
 def compile_kernel(kernel: str, config: Config, problem: Problem, device: DeviceInfo) -> Binary:
     """Compiles ``kernel`` in ``config`` for ``problem``; raises what Triton raises."""
     fields, params, gradients = problem.fields, config.params, wanted(problem)
     function = FUNCTIONS[kernel]
+    _settle_cache_keys()
     mask = str(fields["mask"])
     constants = {
         "HEAD_DIM": fields["head_dim"],

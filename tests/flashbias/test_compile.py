@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +72,22 @@ def test_every_kind_of_problem_compiles(kernel: str, changes: dict[str, object])
     """Masks, wide ranks, odd head dims, unaligned layouts and single gradients have their kernels."""
     found = problem(SHAPE.model_copy(update=changes), HOPPER)
     assert compile_kernel(kernel, space.default(kernel, found, HOPPER), found, HOPPER).binary
+
+
+def test_a_binary_compiled_by_one_process_is_found_by_another_whatever_it_compiled_before(tmp_path: Path) -> None:
+    """Candidates compiled in forks are loaded from Triton's disk cache by the process that runs them."""
+    script = (
+        "import sys\n"
+        "from tests.flashbias.test_compile import HOPPER, SHAPE, space, compile_kernel, problem\n"
+        "found = problem(SHAPE, HOPPER)\n"
+        "for kernel in sys.argv[1:]:\n"
+        "    compile_kernel(kernel, space.default(kernel, found, HOPPER), found, HOPPER)\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    for kernels in (["forward", "backward_dq"], ["backward_dq"], ["backward_dq", "forward"]):
+        subprocess.run([sys.executable, "-c", script, *kernels], env=environment, check=True, timeout=120)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 2
 
 
 def test_the_layout_class_decides_the_binary_and_nothing_else_does() -> None:

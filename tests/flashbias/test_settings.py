@@ -99,7 +99,9 @@ def test_wrong_value_names_the_variable_and_the_right_values(variable: str, valu
     with pytest.raises(SettingsError, match=variable) as caught:
         read({variable: value})
     assert expected in str(caught.value)
-    assert repr(value.rsplit(",", maxsplit=1)[-1].removesuffix("seconds")) in str(caught.value) or value in str(caught.value)
+    assert repr(value.rsplit(",", maxsplit=1)[-1].removesuffix("seconds")) in str(caught.value) or value in str(
+        caught.value
+    )
 
 
 def test_misspelt_variable_is_warned_about_with_the_nearest(caplog: pytest.LogCaptureFixture) -> None:

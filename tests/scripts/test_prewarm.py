@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cache_db import open_layers
+from autotune.device import describe
+from cache_db import Problem, open_layers
 from flashbias.cli import prewarm, shapes
 from flashbias.errors import ArgumentError
-from flashbias.kernels.problem import GRADIENTS, Shape
+from flashbias.kernels.problem import GRADIENTS, Shape, problem
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = '{"batch": 1, "nheads": 2, "headdim": 32, "seqlen_q": 8}'
@@ -190,25 +191,26 @@ def test_killed_run_goes_on_with_the_trials_that_are_left(tmp_path: Path) -> Non
     after = trials(tmp_path)
     assert code == 0, errors
     assert {name: after[name] for name in rows} == rows
-    assert len(after) > len(rows)
+    winner = open_layers(tmp_path).winners(small_problem())["forward"]
+    assert len(rows) < len(after) == winner.tried == winner.total
+
+
+def small_problem() -> Problem:
+    """Returns the problem of the flags ``SMALL`` without gradients."""
+    (shape,) = parse(*SMALL, "--grads", "none")
+    return problem(shape, describe(-1))
 
 
 def trials(folder: Path) -> dict[str, float]:
     """Returns config -> time of its trial, for every stored trial."""
-    from flashbias.cli.prewarm import _device, _problems
-
     if not (folder / "flashbias.db").exists():
         return {}
-    (problem,) = _problems(parse(*SMALL, "--grads", "none"), _device(None))
-    return {f"{row.kernel} {row.config}": row.created_at for row in open_layers(folder).trials(problem)}
+    return {f"{row.kernel} {row.config}": row.created_at for row in open_layers(folder).trials(small_problem())}
 
 
 def test_problem_without_a_winner_makes_the_run_fail(tmp_path: Path) -> None:
     """When another process holds a problem to the end of the waiting time, the exit code is 1 and the line says why."""
-    from flashbias.cli.prewarm import _device, _problems
-
-    (problem,) = _problems(parse(*SMALL, "--grads", "none"), _device(None))
-    open_layers(tmp_path).claim(problem.hash, "someone", "another-host", 600)
+    open_layers(tmp_path).claim(small_problem().hash, "someone", "another-host", 600)
     code, output, errors = run(tmp_path, *SMALL, "--grads", "none", "--budget", "0.5")
     assert code == 1, errors
     assert "NO WINNER" in output

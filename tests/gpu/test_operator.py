@@ -1,0 +1,242 @@
+"""The operator on a real GPU: tuned, remembered, launched from threads and graphs, and right on every kind of input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autotune import forget
+from autotune.device import describe
+from autotune.gate.accuracy import yardstick
+from autotune.spec import Reference, Rule
+from cache_db.models import Winner
+from cache_db.store import Store
+from flashbias import flash_bias_func, launcher, reference
+from flashbias.kernels import space
+from flashbias.kernels.arguments import compile_kernel
+from flashbias.kernels.problem import GRADIENTS, Shape, problem
+from flashbias.settings import current, settings
+
+CUDA = torch.device("cuda")
+TUNED = {"batch": 2, "nheads": 3, "seqlen_q": 500, "seqlen_k": 500, "headdim": 64, "rank": 8, "causal": True}
+SCRIPT = """
+import torch
+from cache_db.store import Store
+from flashbias import flash_bias_func
+from flashbias.settings import current
+from tests.gpu.test_operator import TUNED, make
+store = Store.open(current().cache_dir / "flashbias.db")
+before = store.counts()
+tensors = make(**TUNED)
+out = flash_bias_func(*tensors[:5], causal=True)
+out.backward(tensors[5])
+assert store.counts() == before, (before, store.counts())
+torch.save([out.detach()] + [t.grad for t in tensors[:5]], "result.pt")
+"""
+
+
+def make(
+    batch: int,
+    nheads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    headdim: int,
+    rank: int,
+    dtype: torch.dtype = torch.bfloat16,
+    **_: Any,
+) -> list[Tensor]:
+    """Returns q, k, v, q_bias, k_bias (leaves) and dO, the same in every process."""
+    generator = torch.Generator(CUDA).manual_seed(7)
+
+    def normal(rows: int, columns: int, size: float = 1.0) -> Tensor:
+        values = torch.randn(batch, rows, nheads, columns, generator=generator, device=CUDA) * size
+        return values.to(dtype).requires_grad_()
+
+    q, k, v = normal(seqlen_q, headdim, 0.5), normal(seqlen_k, headdim), normal(seqlen_k, headdim)
+    factors = normal(seqlen_q, rank, 0.5 * rank**-0.25), normal(seqlen_k, rank, rank**-0.25)
+    return [q, k, v, *factors, normal(seqlen_q, headdim).detach()]
+
+
+def assert_right(tensors: list[Tensor], out: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> None:
+    """Judges O and all gradients by the gate's own rule."""
+    *inputs, dout = [tensor.detach() for tensor in tensors]
+    scale = inputs[0].shape[3] ** -0.5
+    call = (*inputs, mask, causal, scale)
+    truth, lse = reference.forward(*call, compute_dtype=torch.float64)
+    exact = reference.backward(dout, *call, truth, lse, compute_dtype=torch.float64)
+    sizes = reference.magnitudes(dout, *call, truth, lse, compute_dtype=torch.float64)
+    dtype = out.dtype
+    ideal_out, ideal_lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
+    ideal = reference.backward(dout, *call, ideal_out, ideal_lse, compute_dtype=torch.float32, round_to=dtype)
+    found = [out, *(tensor.grad for tensor in tensors[:5])]
+    names = ("out", *(f"d{name}" for name in GRADIENTS))
+    for name, value, right, best, size in zip(names, found, (truth, *exact), (ideal_out, *ideal), sizes, strict=True):
+        rule = Rule("rows", 2.0 if name == "out" else 3.0)
+        stick = yardstick(name, rule, Reference(right, size), best, dtype)
+        finding = stick.finding(stick.judge(value.detach()).tolist())
+        assert finding.ratio <= 1, f"{name}: {finding}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tuned() -> None:
+    """Tunes one problem with all gradients, through the public call, from an empty database."""
+    tensors = make(**TUNED)
+    with settings(budget_seconds=30):
+        flash_bias_func(*tensors[:5], causal=True)
+
+
+def test_the_first_call_leaves_winners_of_every_kernel_in_the_database() -> None:
+    """All three kernels have a level-2 winner, chosen among dozens of trials, each with a verdict."""
+    store = Store.open(Path(current().cache_dir or "") / "flashbias.db")
+    found = problem(Shape(**TUNED, dtype="bfloat16", grads=GRADIENTS), describe(0))
+    winners = store.winners(found)
+    assert set(winners) == set(space.KERNELS)
+    assert all(winner.level >= 2 and winner.tried >= 10 for winner in winners.values())
+    assert len(store.trials(found)) >= 30
+
+
+def test_tuned_results_are_right_and_bitwise_repeatable() -> None:
+    """O and five gradients pass the gate's rule, and 300 further runs give the same bits."""
+    tensors = make(**TUNED)
+    out = flash_bias_func(*tensors[:5], causal=True)
+    out.backward(tensors[5])
+    assert_right(tensors, out, causal=True)
+    first = [out.detach(), *(tensor.grad.clone() for tensor in tensors[:5])]
+    differing = torch.zeros((), dtype=torch.int64, device=CUDA)
+    for _ in range(300):
+        again = flash_bias_func(*tensors[:5], causal=True)
+        gradients = torch.autograd.grad(again, tensors[:5], tensors[5])
+        for one, other in zip(first, (again, *gradients), strict=True):
+            differing += one.ne(other).sum()
+    assert int(differing) == 0
+
+
+def test_a_second_process_sweeps_nothing_writes_nothing_and_gives_the_same_bits(tmp_path: Path) -> None:
+    """Winners are launched straight from the database."""
+    tensors = make(**TUNED)
+    out = flash_bias_func(*tensors[:5], causal=True)
+    out.backward(tensors[5])
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tuning" not in done.stderr
+    for mine, other in zip([out, *(t.grad for t in tensors[:5])], torch.load(tmp_path / "result.pt"), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_descriptor_kernels_run_backward_through_autograd_and_from_a_second_thread() -> None:
+    """Descriptors need scratch from an allocator that autograd's threads do not see; the launcher brings its own."""
+    shape = Shape(**{**TUNED, "headdim": 32}, dtype="bfloat16", grads=GRADIENTS)
+    device = describe(0)
+    found = problem(shape, device)
+    store = Store.open(Path(current().cache_dir or "") / "flashbias.db")
+    proven: dict[str, str] = {}
+    for kernel in space.KERNELS:
+        config = space.config(space.DESCRIPTORS, 64, 64, 4, 2)
+        store.put_winner(
+            Winner(
+                problem=found,
+                kernel=kernel,
+                config=config,
+                level=2,
+                ms=1.0,
+                tried=1,
+                total=1,
+                complete=True,
+                proven_with=dict(proven),
+                binary=compile_kernel(kernel, config, found, device).binary,
+                environment=device.environment,
+                created_at=time.time(),
+            )
+        )
+        proven[kernel] = config.hash
+    tensors = make(**{**TUNED, "headdim": 32})
+    out = flash_bias_func(*tensors[:5], causal=True)
+    plan = next(
+        plan
+        for plan in launcher._latest.values()
+        if plan.binaries and plan.binaries["forward"].constants["HEAD_DIM"] == 32
+    )
+    assert all(binary.constants["DESCRIPTORS"] for binary in plan.binaries.values())
+    thread = threading.Thread(target=out.backward, args=(tensors[5],))
+    thread.start()
+    thread.join()
+    assert_right(tensors, out, causal=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["unaligned", "transposed", "odd head dim", "bool mask", "additive mask", "shared factors"]
+)
+def test_every_kind_of_input_is_right_on_the_ladders_default(kind: str) -> None:
+    """Without tuning, the default config is proven quickly and used, whatever the strides, masks and broadcasts."""
+    sizes: dict[str, Any] = {**TUNED, "seqlen_q": 203, "seqlen_k": 331, "causal": False, "dtype": torch.float16}
+    if kind == "odd head dim":
+        sizes["headdim"] = 20
+    tensors = make(**sizes)
+    mask = None
+    if kind == "unaligned":
+        tensors = [_shifted(tensor) for tensor in tensors]
+    if kind == "transposed":
+        tensors = [tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in tensors]
+    if kind == "shared factors":
+        tensors[3:5] = [tensor.detach()[:1, :, :1].clone().requires_grad_() for tensor in tensors[3:5]]
+    if "mask" in kind:
+        mask = torch.rand(1, 3, 203, 331, device=CUDA) > 0.3
+        mask[:, :, ::9] = False
+        if kind == "additive mask":
+            mask = torch.where(mask, torch.randn_like(mask, dtype=torch.float32) * 0.3, -torch.inf)
+    with settings(mode="read"):
+        out = flash_bias_func(*tensors[:5], mask)
+        out.backward(tensors[5].detach())
+    assert any(plan.binaries for plan in launcher._latest.values())
+    assert_right(tensors, out, mask)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """Returns the values in memory that starts off a 16-byte boundary."""
+    room = torch.empty((*tensor.shape[:3], tensor.shape[3] + 3), dtype=tensor.dtype, device=CUDA)
+    return room[..., 1:-2].copy_(tensor.detach()).requires_grad_()
+
+
+def test_more_heads_than_a_grid_dimension_holds() -> None:
+    """B·H beyond 65,535 is one launch."""
+    tensors = make(2, 33_000, 17, 19, 16, 2, torch.float16)
+    with settings(mode="read"):
+        out = flash_bias_func(*tensors[:5])
+        out.backward(tensors[5])
+    assert_right(tensors, out)
+
+
+def test_a_tuned_call_can_be_captured_and_an_untuned_one_runs_eager_in_capture() -> None:
+    """Nothing is tuned during capture, and a captured call replays to the same bits."""
+    tensors = [tensor.detach() for tensor in make(**TUNED)]
+    with torch.no_grad(), settings(mode="read"):
+        expected = flash_bias_func(*tensors[:5], causal=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = flash_bias_func(*tensors[:5], causal=True)
+        graph.replay()
+        assert torch.equal(out, expected)
+        forget()
+        launcher.forget()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            flash_bias_func(*tensors[:5], causal=True)
+        assert not launcher._plans
