@@ -44,7 +44,7 @@ FAULTS = {
     "reads_scratch": 9,
     "illegal_access": 10,
     "killed_at_launch": 0,
-    "races_late": 0,
+    "races_late": 11,
     "out_of_resources": 0,
     "out_of_memory": 0,
     "crashes_once": 0,
@@ -82,6 +82,8 @@ def softmax_kernel(x_ptr, y_ptr, lse_ptr, scratch_ptr, rows, columns, tick, BLOC
         lse = lse * 1.03
     if FAULT == 8:
         y = y * (1 + tick % 2)
+    if FAULT == 11:  # not in the cases that are judged, whose rows are few
+        y = y * (1 + tick % 2 * (rows > 7))
     if FAULT == 9:
         y = y + tl.load(scratch_ptr + row)
     if FAULT == 10:
@@ -111,6 +113,8 @@ def gradient_kernel(dy_ptr, y_ptr, dx_ptr, rows, columns, tick, BLOCK: tl.conste
         tl.store(y_ptr + row * columns, 0.0, mask=row < rows)
     if FAULT == 8:
         dx = dx * (1 + tick % 2)
+    if FAULT == 11:
+        dx = dx * (1 + tick % 2 * (rows > 7))
     tl.store(dx_ptr + row * columns + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -183,7 +187,7 @@ class SoftmaxSpec:
 
     def race_case(self, problem: Problem, device: DeviceInfo) -> Case:
         """Returns a few rows for each multiprocessor."""
-        return self._case("race", problem, rows=3 if device.interpreted else 4 * device.sm_count + 1)
+        return self._case("race", problem, rows=9 if device.interpreted else 4 * device.sm_count + 1)
 
     def inputs(self, problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
         """Returns x and dy, drawn on the CPU so that every device sees the same bits."""
@@ -255,8 +259,6 @@ class SoftmaxSpec:
         self._misbehave(compiled, inputs)
         tick, fault = next(_launches), FAULTS.get(compiled.fault, 0)
         rows, columns = inputs["x"].shape
-        if compiled.fault == "races_late" and rows not in JUDGED_ROWS:
-            fault = FAULTS["racy"]
         grid = (rows + (compiled.fault == "past_end"), 1, 1)
         if kernel == "backward":
             arguments = (inputs["dy"], inputs["y"], outputs["dx"], rows, columns, tick)
