@@ -97,12 +97,16 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one kernel's sweep starts from: the candidates allowed, those to compile, and trials that still stand."""
+    """What one kernel's sweep starts from: the candidates allowed, those to compile, and trials that still stand.
+
+    ``related`` are the hashes of configs that won a similar problem.
+    """
 
     kernel: str
     candidates: tuple[Config, ...]
     to_compile: tuple[Config, ...]
     standing: Mapping[str, Trial]
+    related: frozenset[str]
     total: int
 
     @classmethod
@@ -116,9 +120,9 @@ class Plan:
         if scene.device.interpreted:
             allowed = allowed[:INTERPRETER_CANDIDATES]
         used = [config for config in allowed if scene.settings.allows(config.implementation)]
-        related = [scene.store.winners(problem) for problem in scene.store.nearest(scene.problem)]
-        proven_elsewhere = {rows[kernel].config.hash for rows in related if kernel in rows}
-        used.sort(key=lambda config: config.hash not in proven_elsewhere)
+        neighbours = [scene.store.winners(problem) for problem in scene.store.nearest(scene.problem)]
+        related = frozenset(rows[kernel].config.hash for rows in neighbours if kernel in rows)
+        used.sort(key=lambda config: config.hash not in related)
         retune = scene.settings.mode is Mode.RETUNE
         trials = [
             trial
@@ -127,7 +131,7 @@ class Plan:
         ]
         standing = {trial.config.hash: trial for trial in trials}
         to_compile = tuple(config for config in used if config.hash not in standing)
-        return cls(kernel, tuple(used), to_compile, standing, len(allowed))
+        return cls(kernel, tuple(used), to_compile, standing, related, len(allowed))
 
 
 class KernelSweep:
@@ -190,7 +194,9 @@ class KernelSweep:
             open_ = [each for each in self._pool.values() if each.ready and not each.settled]
             if open_:
                 late += over
-                yield min(open_, key=lambda each: each.ms)
+                # Until something is safe, what won a related problem comes first: it is likely to be.
+                related = frozenset() if self._safe() else self._plan.related
+                yield min(open_, key=lambda each: (each.config.hash not in related, each.ms))
             elif finished:
                 return
             else:

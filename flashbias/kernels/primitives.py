@@ -34,7 +34,7 @@ def narrow(x, dtype: tl.constexpr):
     """Returns fp32 ``x`` rounded to nearest even in ``dtype``; the interpreter would cut bf16 off instead."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
