@@ -49,9 +49,19 @@ _FIRST_CAPABILITY: Final = (8, 0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What one launch key runs: a proven binary for each kernel, or none, which means ``eager``."""
+    """What one launch key runs: a proven binary for each kernel, or none, which means ``eager``.
+
+    ``aligned`` is the layout class the binaries were compiled for; other tensors must be copied to fit it.
+    """
 
     binaries: dict[str, Binary] = field(default_factory=dict)
+    aligned: bool = False
+
+    def fit(self, tensor: Tensor) -> Tensor:
+        """Returns the (B, S, H, D) tensor, or a copy that the binaries may read."""
+        if tensor.stride(3) == 1 and (not self.aligned or arguments.is_aligned(tensor)):
+            return tensor
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
 
 
 _EAGER: Final = Plan()
@@ -81,21 +91,37 @@ def forward(
     ``grads`` says which of q, k, v, q_bias, k_bias will want a gradient: all kernels of the backward are then
     resolved before the forward is launched. Raises what :func:`autotune.resolve` raises.
     """
+    out, lse, _ = planned_forward(q, k, v, q_bias, k_bias, mask, causal, scale, grads)
+    return out, lse
+
+
+def planned_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    grads: Wanted,
+) -> tuple[Tensor, Tensor, Plan]:
+    """Returns what :func:`forward` does, and the plan that this call's backward must run with."""
     call = (q, k, v, q_bias, k_bias, mask, causal, scale)
     if not _has_kernels(q, k, v, q_bias):
-        return eager.forward(*call, grads)
+        return *eager.forward(*call, grads), _EAGER
     q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
     with _on(q.device):
         plan = _plan(q, k, v, q_bias, mask, causal, grads)
         if not plan.binaries:
-            return eager.forward(*call, grads)
+            return *eager.forward(*call, grads), _EAGER
         sizes = _sizes(q, k, q_bias)
         tensors = {"q": q, "k": k, "v": v, **_extras(q_bias, k_bias, mask, sizes)}
         out = v.new_empty((sizes.batch, sizes.seqlen_q, sizes.nheads, v.shape[3]))
         lse = torch.empty((sizes.batch, sizes.nheads, sizes.seqlen_q), dtype=torch.float32, device=q.device)
         tensors.update(out=out, lse=lse)
         arguments.launch_kernel("forward", plan.binaries["forward"], tensors, sizes, scale)
-    return out, lse
+    return out, lse, plan
 
 
 def backward(
@@ -111,21 +137,28 @@ def backward(
     causal: bool,
     scale: float,
     grads: Wanted,
+    plan: Plan | None = None,
 ) -> Found:
-    """Returns (dq, dk, dv, dq_bias, dk_bias) in the inputs' own shapes and dtypes, None where not in ``grads``."""
+    """Returns (dq, dk, dv, dq_bias, dk_bias) in the inputs' own shapes and dtypes, None where not in ``grads``.
+
+    ``plan`` is the forward's: its configs were proven together. Without it (a compiled graph carries no Python
+    object) the plan of the latest forward with this launch key is taken.
+    """
     call = (dout, q, k, v, q_bias, k_bias, mask, out, lse, causal, scale, grads)
     if not _has_kernels(q, k, v, q_bias):
         return eager.backward(*call)
     inputs = (q, k, v, q_bias, k_bias)
     q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
     with _on(q.device):
-        plan = _plan(q, k, v, q_bias, mask, causal, grads, through_forward=True)
+        plan = plan or _plan(q, k, v, q_bias, mask, causal, grads, through_forward=True)
         if not plan.binaries:
             return eager.backward(*call)
         sizes = _sizes(q, k, q_bias)
-        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, **_extras(q_bias, k_bias, mask, sizes)}
-        tensors["dout"] = dout if arguments.is_aligned(dout) else _fresh_copy(dout)
-        tensors["delta"] = torch.empty_like(lse)
+        # Hooks on saved tensors (offloading) may give them back in other memory than they were taken from.
+        read = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
+        tensors = {name: plan.fit(tensor) for name, tensor in read.items()}
+        tensors |= {"lse": lse.contiguous(), **_extras(q_bias, k_bias, mask, sizes)}
+        tensors["delta"] = torch.empty_like(tensors["lse"])
         tensors.update(_gradient_buffers(inputs, sizes, grads))
         for kernel in ("backward_dq", "backward_dkdv"):
             if kernel in plan.binaries:
@@ -155,11 +188,6 @@ def _has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None) -> bool
 def _unit_rows(tensor: Tensor) -> Tensor:
     """Returns the tensor itself if its last stride is 1, else a contiguous copy."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-def _fresh_copy(tensor: Tensor) -> Tensor:
-    """Returns a contiguous copy in memory of its own, which PyTorch aligns; ``contiguous`` may return a view."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -273,9 +301,13 @@ def _make_plan(shape: Shape, device: DeviceInfo, settings: autotune.Settings) ->
     resolution = autotune.resolve(found, device, settings)
     binaries = {}
     for kernel, choice in resolution.choices.items():
-        binary = arguments.compile_kernel(kernel, choice.config, found, device)
+        try:
+            binary = arguments.compile_kernel(kernel, choice.config, found, device).load()
+        except Exception as error:  # noqa: BLE001 - it compiled when it was proven; a full disk or no compiler is no reason to crash
+            logger.warning("%s is not used: it cannot be compiled here (%s); running eager", kernel, error)
+            return _EAGER
         if not autotune.confirm(found, device, settings, kernel, choice, binary.binary):
             logger.warning("%s is not used: the binary compiled here could not be proven; running eager", kernel)
             return _EAGER
         binaries[kernel] = binary
-    return Plan(binaries)
+    return Plan(binaries, found.layout == "aligned")

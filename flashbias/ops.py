@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashbias import launcher
@@ -37,6 +38,7 @@ def attention(
 ) -> Tensor:
     """Returns the attention of valid arguments (see :mod:`flashbias.api`), differentiable once."""
     inputs = (q, k, v, q_bias, k_bias)
+    _refuse_transforms(inputs)
     grads = _wanted(inputs)
     if _traced(inputs, mask):
         traced_out: Tensor = attention_forward(*inputs, mask, causal, scale, grads)[0]
@@ -45,6 +47,27 @@ def attention(
         return launcher.forward(*inputs, mask, causal, scale, grads)[0]
     out: Tensor = _Attention.apply(*inputs, mask, causal, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+def _refuse_transforms(inputs: Sequence[Tensor | None]) -> None:
+    """Raises UnsupportedError under forward-mode differentiation and torch.func transforms, which kernels cannot see."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():  # noqa: SLF001 - torch has no public question for it
+        got = "a torch.func transform (grad, vmap, jvp, ...)"
+    elif forward_ad._current_level >= 0 and any(  # noqa: SLF001 - the same
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs
+    ):
+        got = "an input with a tangent (forward-mode differentiation)"
+    else:
+        return
+    raise UnsupportedError.explain(
+        "flash_bias_func",
+        expected="plain tensors, differentiated by backward() or torch.autograd.grad",
+        got=got,
+        cure="Differentiate with torch.autograd, or compute this term with "
+        "torch.nn.functional.scaled_dot_product_attention and the dense bias q_bias @ k_bias.mT instead.",
+    )
 
 
 def _wanted(inputs: Sequence[Tensor | None]) -> Wanted:
@@ -77,7 +100,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         complete = (*arguments, ctx.needs_input_grad[:5])
-        out, lse = launcher.forward(*complete)
+        out, lse, ctx.plan = launcher.planned_forward(*complete)
         *tensors, causal, scale = arguments
         ctx.save_for_backward(*tensors, out, lse)
         ctx.causal, ctx.scale = causal, scale
@@ -85,7 +108,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (dout, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.needs_input_grad[:5])
+        arguments = (dout, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.needs_input_grad[:5], ctx.plan)
         # Grad mode is on only for create_graph=True: then the gradients must know that they end here.
         compute = _AttentionBackward.apply if torch.is_grad_enabled() else launcher.backward
         return (*compute(*arguments), None, None, None)

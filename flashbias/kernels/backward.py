@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from flashbias.kernels.primitives import (
-    LOG2E,
     dot,
+    exp_difference,
     load_row_values,
     load_tile,
     masked,
@@ -24,15 +24,9 @@ from flashbias.kernels.primitives import (
 
 
 @triton.jit
-def probabilities(s, lse):
-    """Returns exp(score - LSE); ``lse`` is in base 2 and +inf where the row saw no key, which gives 0."""
-    return tl.exp2(s * LOG2E - lse)
-
-
-@triton.jit
-def base_two(lse):
-    """Returns a natural-log LSE in base 2, with -inf (no key) turned into +inf."""
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+def blind_rows_high(lse):
+    """Returns LSE with -inf (no key) turned into +inf, so that exp(score - LSE) is 0 there."""
+    return tl.where(lse == -float("inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -106,7 +100,7 @@ def accumulate_dq(
             CAUSAL,
             EDGE,
         )
-        p = probabilities(s, lse[:, None])
+        p = exp_difference(s, lse[:, None])
         v = load_tile(
             v_source,
             start,
@@ -213,7 +207,7 @@ def backward_dq(
                 q_factor_base, start_q, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, False, False, True
             )
             dq_factor = tl.zeros([BLOCK_M, RANK], tl.float32)
-        lse = base_two(load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M))
+        lse = blind_rows_high(load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M))
 
         end = seqlen_k
         edge = seqlen_k // BLOCK_N * BLOCK_N
@@ -339,8 +333,8 @@ def accumulate_dkdv(
             CAUSAL,
             EDGE,
         )
-        lse = base_two(load_row_values(lse_base, start, seqlen_q, -float("inf"), BLOCK_M))
-        p = probabilities(s, lse[None, :])
+        lse = blind_rows_high(load_row_values(lse_base, start, seqlen_q, -float("inf"), BLOCK_M))
+        p = exp_difference(s, lse[None, :])
         # dout: (BLOCK_M, BLOCK_DV)
         dout = load_tile(
             dout_source,

@@ -209,4 +209,4 @@ def forward(
     out_base = out_ptr + batch * out_strides[0] + head * out_strides[2]
     store_tile(out_base, acc / divisor[:, None], start_q, out_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV)
     lse_base = lse_ptr + (batch * nheads + head) * seqlen_q
-    tl.store(lse_base + offsets_q, (row_max + tl.log2(divisor)) * LN2, mask=offsets_q < seqlen_q)
+    tl.store(lse_base + offsets_q, row_max + tl.log2(divisor) * LN2, mask=offsets_q < seqlen_q)

@@ -10,6 +10,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FP32_MAX = tl.constexpr(3.4028234663852886e38)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 MASK_NONE = tl.constexpr(0)
@@ -155,6 +156,15 @@ def scores(a, b, a_factor, b_factor, scale, RANK: tl.constexpr):
 
 
 @triton.jit
+def finite(values):
+    """Returns fp64 mask values within fp32's range, -inf kept: only -inf excludes a key, however low a number is."""
+    if values.dtype == tl.float64:
+        clamped = tl.minimum(tl.maximum(values, -FP32_MAX), FP32_MAX)
+        values = tl.where(values == -float("inf"), values, clamped)
+    return values
+
+
+@triton.jit
 def masked(
     s,
     rows,
@@ -178,7 +188,7 @@ def masked(
         if MASK == MASK_BOOL:
             s = tl.where(values != 0, s, -float("inf"))
         else:
-            s += values.to(tl.float32)
+            s += finite(values).to(tl.float32)
     if EDGE:
         visible = columns < seqlen_k
         if CAUSAL:
@@ -188,13 +198,23 @@ def masked(
 
 
 @triton.jit
-def softmax_step(s, row_max, row_sum):
-    """Returns (p, correction, new maximum, new sum) of the online softmax.
+def exp_difference(a, b):
+    """Returns exp(a - b), the difference taken first.
 
-    The maximum is kept in base 2, so that one multiply-add feeds exp2. A row that has seen no key gives p = 0.
+    a·log2(e) - b·log2(e) would be one multiply-add, but where a and b are -1e9, as in a row that a mask has
+    pushed down as a whole, rounding b·log2(e) is off by up to 64 in the exponent, and at -3e38 it overflows.
     """
-    new_max = tl.maximum(row_max, tl.max(s, 1) * LOG2E)
+    return tl.exp2((a - b) * LOG2E)
+
+
+@triton.jit
+def softmax_step(s, row_max, row_sum):
+    """Returns (p, correction, new maximum, new sum) of the online softmax, in nats.
+
+    A row that has seen no key gives p = 0.
+    """
+    new_max = tl.maximum(row_max, tl.max(s, 1))
     anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
-    p = tl.exp2(s * LOG2E - anchor[:, None])
-    correction = tl.exp2(row_max - anchor)
+    p = exp_difference(s, anchor[:, None])
+    correction = exp_difference(row_max, anchor)
     return p, correction, new_max, row_sum * correction + tl.sum(p, 1)

@@ -70,7 +70,8 @@ def rejects(kernel: str, candidate: Config, problem: Problem, device: DeviceInfo
     if candidate.implementation != IMPLEMENTATION or candidate.variant not in (POINTERS, DESCRIPTORS):
         return f"unknown implementation {candidate.implementation}/{candidate.variant}"
     for name, allowed in _PARAMS.items():
-        if candidate.params.get(name) not in allowed:
+        value = candidate.params.get(name)
+        if type(value) is not int or value not in allowed:
             return f"{name} must be one of {allowed}"
     if len(candidate.params) != len(_PARAMS):
         return f"params must be exactly {', '.join(_PARAMS)}"

@@ -71,6 +71,8 @@ def test_ragged_lengths_are_right(variant: str, causal: bool, dtype: str, length
         {"mask": "bool"},
         {"mask": "float32", "causal": True},
         {"mask": "bfloat16", "rank": 0},
+        {"mask": "float16"},
+        {"mask": "float64"},
         {"headdim": 40, "value_dim": 24},
         {"headdim": 20, "dtype": "bfloat16"},
         {"rank": 0, "causal": True},

@@ -123,3 +123,39 @@ def test_what_has_no_kernel_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, q_bias, k_bias = (tensor.detach() for tensor in make())
     assert flash_bias_func(q[:, :0], k, v, q_bias[:, :0], k_bias).shape == (1, 0, 2, 16)
     assert (flash_bias_func(q, k[:, :0], v[:, :0], q_bias, k_bias[:, :0]) == 0).all()
+
+
+def test_saved_tensors_that_come_back_in_other_memory_run_the_forwards_binaries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Offloading hooks may return an unaligned tensor aligned or the other way round; backward decides nothing anew."""
+    tensors = make()
+    with settings(mode="read"), torch.autograd.graph.saved_tensors_hooks(_misaligned, lambda tensor: tensor):
+        out = flash_bias_func(*tensors)
+    monkeypatch.setattr(autotune, "resolve", lambda *_: pytest.fail("the tuner was asked"))
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    assert_right(tensors, out, dout)
+
+
+def _misaligned(tensor: Tensor) -> Tensor:
+    room = torch.empty((*tensor.shape[:-1], tensor.shape[-1] + 3), dtype=tensor.dtype)
+    return room[..., 1:-2].copy_(tensor.detach())
+
+
+def test_a_kernel_that_cannot_be_compiled_here_runs_eager(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk or a missing compiler in the calling process costs speed and a warning, not the call."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    tensors = make()
+    monkeypatch.setattr(launcher.arguments, "compile_kernel", fail)
+    with settings(mode="read"):
+        out = flash_bias_func(*tensors)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    assert_right(tensors, out, dout)
+    assert "No space left" in caplog.text

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashbias import ops
+from flashbias import flash_bias_func, ops
 from flashbias.errors import UnsupportedError
 from flashbias.settings import settings
 from tests.flashbias.cases import NAMES, Call, differentiate, gradient_like, make, naive
@@ -233,3 +233,26 @@ class TestTracing:
         (gradient,) = torch.autograd.grad(out.sum(), call.q, create_graph=True)
         with pytest.raises(UnsupportedError, match="double backward of flash_bias_func"):
             gradient.sum().backward()
+
+
+def _tangent(q: Tensor, k: Tensor, v: Tensor) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        flash_bias_func(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+
+
+def _grad(q: Tensor, k: Tensor, v: Tensor) -> None:
+    torch.func.grad(lambda each: flash_bias_func(each, k, v).sum())(q)
+
+
+def _vmap(q: Tensor, k: Tensor, v: Tensor) -> None:
+    torch.func.vmap(lambda each: flash_bias_func(each, k, v))(q[None])
+
+
+@pytest.mark.parametrize("transform", [_tangent, _grad, _vmap])
+def test_forward_mode_and_func_transforms_are_refused_by_name(
+    transform: Callable[[Tensor, Tensor, Tensor], None],
+) -> None:
+    """A kernel cannot see tangents or functorch's levels: the call says so instead of dropping them."""
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    with pytest.raises(UnsupportedError, match=r"forward-mode|torch\.func"):
+        transform(q, k, v)

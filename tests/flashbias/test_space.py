@@ -51,11 +51,13 @@ def test_descriptors_are_refused_with_the_reason_where_they_cannot_work() -> Non
     "params",
     [
         {"BLOCK_M": 48, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64.0, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": True},
         {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
         {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 64},
     ],
 )
-def test_a_foreign_row_of_the_database_is_refused(params: dict[str, int]) -> None:
+def test_a_foreign_row_of_the_database_is_refused(params: dict[str, float]) -> None:
     """A stored config with unknown, missing or impossible parameters has a reason against it."""
     config = Config(implementation="triton", variant="pointers", params=dict(params))
     assert space.rejects("forward", config, problem(BASE, H200), H200)
