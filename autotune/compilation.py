@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from autotune.sandbox import Outcome, Sandbox
+from autotune.threads import start
 from cache_db.models import FINAL, Config
 
 Item = tuple[str, Config]
@@ -19,7 +20,7 @@ POLL_SECONDS: Final = 0.05
 class Compilation:
     """One pass over ``items`` (kernel, config) in their order, results kept per kernel until asked for.
 
-    A compile that crashed, hung or was killed is tried once more after all others.
+    A compile that crashed, hung or was killed is tried once more after all others. Raises NoThread.
     """
 
     def __init__(self, sandbox: Sandbox, items: Sequence[Item]) -> None:
@@ -29,7 +30,7 @@ class Compilation:
         self._open = {kernel: sum(name == kernel for name, _ in items) for kernel, _ in items}
         self._abandoned: set[str] = set()
         self._thread = threading.Thread(target=self._run, args=(list(items),), name="autotune-compile", daemon=True)
-        self._thread.start()
+        start(self._thread)
 
     def take(self, kernel: str, seconds: float) -> list[Compiled]:
         """Returns what has been compiled for ``kernel`` since the last call, waiting up to ``seconds`` for something.

@@ -113,7 +113,7 @@ def describe(index: int) -> DeviceInfo:
     return DeviceInfo(
         index=index,
         name=name,
-        uuid=uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}",
+        uuid=uuid if uuid.startswith(("GPU-", "MIG-")) else f"{'MIG' if mig else 'GPU'}-{uuid}",
         capability=capability,
         sm_count=properties.multi_processor_count,
         shared_memory=int(getattr(properties, "shared_memory_per_block_optin", 227 * 1024)),

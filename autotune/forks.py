@@ -18,7 +18,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
 
-from autotune.process import Message, death, last_line
+from autotune.last_words import last_line
+from autotune.process import Message, death
 from cache_db.models import Verdict
 
 # Returns the message that goes back for one item.

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from autotune.threads import NoThread, start
 from cache_db.models import Lease, Problem
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 LEASE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.2
+PID_DIGITS: Final = 10  # Linux stops at 2**22; what a damaged row holds may be longer than int() reads
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,10 @@ def claim(store: Layers, problem: Problem, wait_seconds: float) -> Held | None:
 
 
 class Held:
-    """A lease in use: renewed in the background until the ``with`` block ends, then released."""
+    """A lease in use: renewed in the background until the ``with`` block ends, then released.
+
+    Entering raises NoThread, and gives the lease back, when there is no thread to renew it.
+    """
 
     def __init__(self, store: Layers, lease: Lease) -> None:
         self._store = store
@@ -53,7 +58,11 @@ class Held:
         self._thread = threading.Thread(target=self._renew, name="autotune-lease", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            start(self._thread)
+        except NoThread:
+            self._store.release(self._lease)
+            raise
         return self
 
     def __exit__(
@@ -88,7 +97,7 @@ def _bury(store: Layers, problem: Problem) -> bool:
     machine, _, rest = holder.owner.rpartition("/")
     here, _, _ = _address().rpartition("/")
     pid, _, born = rest.partition(":")[0].partition("-")
-    if machine != here or not pid.isdecimal() or _birth(int(pid)) == born:
+    if machine != here or not pid.isdecimal() or len(pid) > PID_DIGITS or _birth(int(pid)) == born:
         return False
     store.release(holder)
     return True
@@ -114,5 +123,10 @@ def _birth(pid: int) -> str:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    fields = stat.rpartition(")")[2].split()
-    return "" if fields[0] == "Z" else fields[19]
+    return _start_time(stat)
+
+
+def _start_time(stat: str) -> str:
+    """Returns field 22 of ``/proc/PID/stat``, "" for a zombie's and for a text that does not reach so far."""
+    state, *fields = stat.rpartition(")")[2].split() or [""]
+    return fields[18] if state not in ("", "Z") and len(fields) > 18 else ""

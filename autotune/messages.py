@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autotune.settings import Mode, Settings
 from cache_db.models import Problem
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ def miss(problem: Problem, store: Layers, reason: str) -> str:
         lines.append("  The database holds no problem of this spec.")
     lines.append('  Tune it with mode "tune" or beforehand.')
     return "\n".join(lines)
+
+
+def remedy(settings: Settings) -> str:
+    """Returns what would give a problem that runs down the ladder a winner, whatever the mode."""
+    if settings.mode is Mode.OFF:
+        return f'{settings.remedy}, and use mode "tune" or "read": mode "off" reads no database'
+    return f'{settings.remedy}, or use mode "tune"' if settings.mode is Mode.READ else settings.remedy
 
 
 def _flat(problem: Problem) -> dict[str, object]:

@@ -14,24 +14,23 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 from autotune.device import DeviceInfo
 from autotune.errors import AutotuneError
+from autotune.last_words import appending_file, last_line
+from autotune.threads import NoThread, start
 from cache_db.models import Verdict
 
 Message = dict[str, Any]
 
 HOME: Final = str(Path(__file__).resolve().parent.parent)
 REAP_SECONDS: Final = 20.0
-TAIL_BYTES: Final = 8192
 # A child that believed it were a rank of the caller's job would wait for the others, and one that launched
 # synchronously would time the host.
 DROPPED: Final = frozenset(
@@ -161,7 +160,7 @@ class Child:
             try:
                 self._process = _Process(self._role, self._variables)
                 self._process.send(self._hello)
-            except OSError as error:
+            except (OSError, NoThread) as error:
                 raise SandboxError(f"cannot start the {self._role}: {error}") from error
             self._ready = False
         return self._process
@@ -192,10 +191,13 @@ class _Process:
 
     def __init__(self, role: str, variables: dict[str, str]) -> None:
         self._owner = os.getpid()
-        self._output = _appending_file()
-        self._connection, theirs = Pipe()
+        self._output = appending_file()
+        self._connection, end = Pipe()
+        # Above 2: where the caller closed its stdio the pipe has such a number, and the child's stdio would take it.
+        theirs = fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+        end.close()
         started: Future[subprocess.Popen[bytes]] = Future()
-        arguments = [sys.executable, "-P", "-m", "autotune.worker", role, str(theirs.fileno()), str(self._owner)]
+        arguments = [sys.executable, "-P", "-m", "autotune.worker", role, str(theirs), str(self._owner)]
         # The kernel's death signal follows the *thread* that started the child, so that thread lives as long as it.
         self._keeper = threading.Thread(
             target=_keep,
@@ -203,7 +205,12 @@ class _Process:
             name="autotune-keeper",
             daemon=True,
         )
-        self._keeper.start()
+        try:
+            start(self._keeper)
+        except NoThread:
+            os.close(theirs)
+            self._connection.close()
+            raise
         self.popen = started.result()
         self._answered_at = time.monotonic()
 
@@ -259,26 +266,10 @@ def death(status: int, said: str) -> ChildDied:
     return ChildDied(Verdict.CRASHED, f"{how}: {said}" if said else how)
 
 
-def last_line(descriptor: int) -> str:
-    """Returns the last line with anything on it of the file ``descriptor``, shortened for a reason."""
-    size = os.fstat(descriptor).st_size
-    tail = os.pread(descriptor, TAIL_BYTES, max(size - TAIL_BYTES, 0)).decode(errors="replace")
-    lines = [line.strip() for line in tail.splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else ""
-
-
-def _appending_file() -> int:
-    """Returns the descriptor of a nameless file in append mode: truncated, it is written from its start again."""
-    descriptor, name = tempfile.mkstemp(prefix="autotune-")
-    Path(name).unlink()
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
-    return descriptor
-
-
 def _keep(
     arguments: list[str],
     variables: dict[str, str],
-    theirs: Connection[Any, Any],
+    theirs: int,
     output: int,
     started: Future[subprocess.Popen[bytes]],
 ) -> None:
@@ -287,7 +278,7 @@ def _keep(
         popen = subprocess.Popen(
             arguments,
             env=variables,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=output,
@@ -297,6 +288,6 @@ def _keep(
         started.set_exception(error)
         return
     finally:
-        theirs.close()
+        os.close(theirs)
     started.set_result(popen)
     popen.wait()

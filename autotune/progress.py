@@ -28,7 +28,7 @@ def track(
     """
     if log == "quiet":
         yield from items
-    elif sys.stderr.isatty() and importlib.util.find_spec("rich"):
+    elif _on_terminal() and importlib.util.find_spec("rich"):
         yield from _bar(items, title, total, note)
     else:
         yield from _lines(items, title, total, note)
@@ -45,6 +45,14 @@ def remaining(done: int, total: int, elapsed: float) -> str:
     seconds = round(elapsed / done * max(total - done, 0))
     hours, minutes = seconds // 3600, seconds // 60 % 60
     return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def _on_terminal() -> bool:
+    """Returns whether stderr is a terminal; one that is missing, closed or somebody's own class without ``isatty`` is none."""
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
 
 
 def _lines(items: Iterable[T], title: str, total: int, note: Callable[[], str]) -> Iterator[T]:

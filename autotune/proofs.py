@@ -207,9 +207,15 @@ class Prover:
         return outcome
 
     def _certify(self, kernel: str, winner: Winner, chosen: Mapping[str, Choice]) -> Outcome:
-        """Returns the winner row itself as proof where it still holds, otherwise a proof."""
+        """Returns the winner row itself as proof where it still holds, otherwise a proof.
+
+        A later failure outweighs it: a retune may have found the winner racy and nothing better.
+        """
         scene = self._scene
         through = scene.upstream(kernel, {name: choice.config for name, choice in chosen.items()})
+        for row in self._rows(kernel, winner.config, through):
+            if row.verdict is not Verdict.SAFE:
+                return _told(row)
         same = winner.environment == scene.device.environment and winner.proven_with == hashes(through)
         if same and winner.level >= 2:
             return Outcome(Verdict.SAFE, winner.level, "", {}, scene.seed, winner.binary, 0.0)
@@ -238,30 +244,38 @@ class Prover:
         self, kernel: str, config: Config, through: Mapping[str, Config], level: int, binary: str | None
     ) -> Outcome | None:
         """Returns what the store already says of ``config``; a final failure outweighs a proof."""
+        rows = self._rows(kernel, config, through)
+        failed = [row for row in rows if row.verdict is not Verdict.SAFE]
+        proven = [row for row in rows if row.level >= level and binary in (None, row.binary)]
+        for row in failed or proven:
+            return _told(row)
+        return None
+
+    def _rows(self, kernel: str, config: Config, through: Mapping[str, Config]) -> list[Trial | Verification]:
+        """Returns every stored judgement of ``config`` that holds here."""
         scene = self._scene
         rows: list[Trial | Verification] = [
             row
             for row in scene.store.trials(scene.problem, kernel)
             if row.config == config and scene.stands(row, through)
         ]
-        rows += [
+        return rows + [
             row
             for row in scene.store.verifications(scene.problem, kernel)
             if row.config == config
             and row.environment == scene.device.environment
             and row.proven_with == hashes(through)
         ]
-        failed = [row for row in rows if row.verdict is not Verdict.SAFE]
-        proven = [row for row in rows if row.level >= level and binary in (None, row.binary)]
-        for row in failed or proven:
-            return Outcome(row.verdict, row.level, row.reason, {}, row.seed, row.binary, 0.0)
-        return None
 
     def _verification(
         self, kernel: str, config: Config, outcome: Outcome, through: Mapping[str, Config]
     ) -> Verification:
         trial = self._scene.trial(kernel, config, outcome, through)
         return Verification(**{name: getattr(trial, name) for name in Verification.model_fields})
+
+
+def _told(row: Trial | Verification) -> Outcome:
+    return Outcome(row.verdict, row.level, row.reason, {}, row.seed, row.binary, 0.0)
 
 
 def _report(winners: Mapping[str, Winner]) -> str:

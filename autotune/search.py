@@ -12,15 +12,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
+from autotune.candidate import Candidate, told
 from autotune.compilation import Compilation
 from autotune.progress import track
 from autotune.proofs import Scene, hashes
 from autotune.sandbox import Outcome
 from autotune.settings import INTERPRETER_SECONDS, Mode
-from cache_db.models import Config, Scalar, Trial, Verdict, Winner
+from cache_db.models import Config, Trial, Verdict, Winner
 
 INTERPRETER_CANDIDATES: Final = 3
 FINALISTS: Final = 4
@@ -33,27 +34,6 @@ QUICK_ROUNDS: Final = 5
 FINAL_ROUNDS: Final = 50
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Candidate:
-    """One config on its way through the sweep: ``ready`` to run (compiled), then ``settled`` (judged or dropped)."""
-
-    config: Config
-    ready: bool = False
-    settled: bool = False
-    figures: dict[str, Scalar] = field(default_factory=dict)
-    trial: Trial | None = None
-
-    @property
-    def ms(self) -> float:
-        """Median milliseconds at the representative size, infinite while unknown."""
-        return float(self.figures.get("ms", math.inf))
-
-    @property
-    def safe(self) -> bool:
-        """Whether this candidate has passed the gate."""
-        return self.trial is not None and self.trial.verdict is Verdict.SAFE and self.trial.level >= 2
 
 
 class Sweep:
@@ -161,8 +141,8 @@ class KernelSweep:
         return winner
 
     def tally(self) -> str:
-        """Returns how the candidates fared, as "30 safe, 4 wrong of 40"."""
-        verdicts = Counter(candidate.trial.verdict.value for candidate in self._pool.values() if candidate.trial)
+        """Returns how the candidates fared, as "30 safe, 6 timed only, 4 wrong of 40"."""
+        verdicts = Counter(told(candidate.trial) for candidate in self._pool.values() if candidate.trial)
         found = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) or "none tried"
         return f"{found} of {self._plan.total}"
 
@@ -170,9 +150,7 @@ class KernelSweep:
         """Takes over what an earlier sweep found, if it was found through the same configs."""
         candidate.ready = True
         if self._scene.stands(trial, self._through):
-            candidate.trial = trial
-            candidate.figures = dict(trial.figures)
-            candidate.settled = trial.verdict is not Verdict.SAFE or trial.level >= 2
+            candidate.resume(trial)
 
     def _order(self, deadline: float) -> Iterator[Candidate]:
         """Yields the candidates to judge, each time the fastest one known by then.
@@ -182,7 +160,10 @@ class KernelSweep:
         """
         halfway = (time.monotonic() + deadline) / 2
         late = 0
-        self._measure([each for each in self._pool.values() if each.ready and not each.settled], QUICK_ROUNDS)
+        resumed = [each for each in self._pool.values() if each.ready and not each.settled]
+        self._measure(resumed, QUICK_ROUNDS)
+        for candidate in resumed:
+            candidate.settled = candidate.safe  # proven earlier and only its time was missing
         while True:
             self._receive(halfway - time.monotonic())
             finished = self._compilation.finished(self._kernel)
@@ -250,7 +231,7 @@ class KernelSweep:
         best = [each for each in safe[:FINALISTS] if each.ms <= CLOSE * safe[0].ms]
         if len(best) > 1:
             self._measure(best, FINAL_ROUNDS)
-        for candidate in sorted(best, key=lambda each: each.ms) + safe[len(best) :]:
+        for candidate in [*sorted(best, key=lambda each: each.ms), *safe[len(best) :]][:FINALISTS]:
             if candidate.ms < math.inf and self._screened(candidate):
                 return self._winner(candidate)
         return None

@@ -33,7 +33,7 @@ class Settings:
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
     tunes the same problem. ``implementations``: the only ones allowed, empty for all. ``log``: quiet, info or debug.
     ``finish``: whether a winner whose sweep ran out of budget is swept on. ``cure``: what messages tell the user to do
-    against tuning at the first call.
+    against tuning at the first call, ``remedy`` against running without a tuned kernel.
 
     Raises SettingsError (a ValueError) for any other value.
     """
@@ -46,6 +46,7 @@ class Settings:
     log: str = "info"
     finish: bool = False
     cure: str = 'use mode "read", or tune it beforehand'
+    remedy: str = "tune it beforehand"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _member("mode", self.mode))

@@ -1,7 +1,7 @@
 """The hash of what a kernel computes: equal across Python versions, blind to comments and docstrings.
 
-Triton's own ``cache_key`` hashes raw source text, so a comment is a new kernel to it; here a stored proof
-outlives everything that does not change the code.
+Triton's own ``cache_key`` hashes raw source text, so a comment is a new kernel to it; here a comment is not a new
+problem.
 """
 
 from __future__ import annotations

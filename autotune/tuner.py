@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from autotune.device import DeviceInfo
 from autotune.errors import AutotuneError, CacheMiss
 from autotune.lease import claim
-from autotune.messages import miss, summary
+from autotune.messages import miss, remedy, summary
 from autotune.proofs import Adoption, Choice, Prover, Scene
 from autotune.sandbox import Limits, Sandbox
 from autotune.search import Sweep
@@ -145,7 +145,10 @@ def _decide(scene: Scene) -> Resolution:
         raise CacheMiss(miss(scene.problem, scene.store, stored.reason))
     tuned = _resolution(scene, stored)
     if mode in (Mode.TUNE, Mode.RETUNE):
-        tuned = _tune(scene, prover)
+        try:
+            tuned = _tune(scene, prover)
+        except AutotuneError as error:  # the gate's inputs or its children failed, not a candidate
+            tuned = _resolution(scene, Adoption({}, f"it cannot be tuned now: {error}"))
         if tuned.choices:
             return tuned
     if stored.choices:
@@ -155,14 +158,17 @@ def _decide(scene: Scene) -> Resolution:
 
 def _tune(scene: Scene, prover: Prover) -> Resolution:
     """Sweeps under the problem's lease, unless another process did meanwhile; empty when there is no result."""
-    held = claim(scene.store, scene.problem, scene.settings.wait_seconds)
-    if held is None:
-        return _resolution(scene, Adoption({}, f"another process is tuning it ({_holder(scene)})"))
-    with held, _process.sweeping:
-        stored = _stored(scene, prover)
-        if _satisfied(stored, scene.settings):
-            return _resolution(scene, stored)
-        return _sweep(scene, prover, stored.reason)
+    # This process's turn comes first: its threads and GPUs must not meet each other's lease and give up.
+    with _process.sweeping:
+        held = claim(scene.store, scene.problem, scene.settings.wait_seconds)
+        if held is None:
+            stored = _stored(scene, prover)  # what the holder has found by now
+            return _resolution(scene, stored if stored.choices else Adoption({}, _taken(scene)))
+        with held:
+            stored = _stored(scene, prover)
+            if _satisfied(stored, scene.settings):
+                return _resolution(scene, stored)
+            return _sweep(scene, prover, stored.reason)
 
 
 def _sweep(scene: Scene, prover: Prover, reason: str) -> Resolution:
@@ -203,7 +209,7 @@ def _descend(scene: Scene, prover: Prover, reason: str) -> Resolution:
     """Takes the ladder and says so once."""
     found = prover.descend(scene.store.winners(scene.problem))
     rung = f"running {found.reason}" if found.choices else f"{found.reason}; running without a tuned kernel"
-    logger.warning("%s: %s; %s. To change that: %s", summary(scene.problem), reason, rung, scene.settings.cure)
+    logger.warning("%s: %s; %s. To change that: %s", summary(scene.problem), reason, rung, remedy(scene.settings))
     return _resolution(scene, replace(found, reason=f"{reason}; {found.reason}"))
 
 
@@ -269,6 +275,9 @@ def _limits(device: DeviceInfo, settings: Settings) -> Limits:
     return Limits(compile_seconds=min(60.0, 2 * share), trial_seconds=min(30.0, share))
 
 
-def _holder(scene: Scene) -> str:
+def _taken(scene: Scene) -> str:
+    """Returns who keeps this process from tuning."""
     holder = scene.store.holder(scene.problem.hash)
-    return f"owner {holder.owner.rpartition('/')[2].partition('-')[0]} on {holder.host}" if holder else "just finished"
+    if holder is None:
+        return "another process was tuning it and ended a moment ago"
+    return f"another process is tuning it (owner {holder.owner.rpartition('/')[2].partition('-')[0]} on {holder.host})"

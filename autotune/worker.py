@@ -79,9 +79,18 @@ def verdict_of(error: BaseException, *, compiling: bool) -> Verdict:
         return Verdict.OUT_OF_RESOURCES
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return Verdict.KILLED  # the device may just be full today
-    if compiling and not isinstance(error, OSError):  # a full disk is not the candidate's fault
+    if compiling and not _passing(error):
         return Verdict.COMPILE_ERROR
     return Verdict.CRASHED
+
+
+def _passing(error: BaseException) -> bool:
+    """Returns whether a compile failed for want of disk, memory or an assembler, which is no candidate's fault.
+
+    Triton reports an assembler that was killed or could not write as an error of its own.
+    """
+    text = str(error)
+    return isinstance(error, OSError) or any(sign in text for sign in ("No space left", "Cannot find", "error code -"))
 
 
 def compile_one(spec: KernelSpec, problem: Problem, device: DeviceInfo, question: Message) -> Message:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cache_db import rules
-from cache_db.errors import CacheError, Damaged, Unavailable, UnknownSchema, identity
+from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
 from cache_db.memory import Memory
 from cache_db.models import Lease, Problem, Trial, Verification, Winner
 
@@ -143,6 +143,9 @@ class Layers:
             return None
         try:
             return self._run(store, action)
+        except RowRefused as error:
+            logger.warning("Tuning database: %s; ignored and left in place.", error)
+            return None
         except CacheError as error:
             self._store, self._writable = None, False
             self._warn(error, "it is no longer read, and new tuning results are kept in memory")
@@ -153,6 +156,8 @@ class Layers:
         if store is not None and self._writable:
             try:
                 return self._run(store, action)
+            except RowRefused as error:  # one row's trouble, not the file's
+                logger.warning("Tuning database: %s; this result is kept in memory.", error)
             except CacheError as error:
                 self._writable = False
                 self._warn(error, "new tuning results are kept in memory and lost when this process ends")

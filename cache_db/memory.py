@@ -87,7 +87,7 @@ class Memory:
 
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
         """Takes the lease of a problem; None while someone else's stands."""
-        now = time.time()
+        now, seconds = time.time(), min(seconds, rules.LONGEST_LEASE)
         with _lock:
             held = self._leases.get(problem_hash)
             if held is not None and held.owner != owner and rules.standing(held, now):
@@ -98,13 +98,12 @@ class Memory:
 
     def renew(self, lease: Lease, seconds: float) -> Lease | None:
         """Moves the end of a lease; None if it was lost."""
-        now = time.time()
+        now, seconds = time.time(), min(seconds, rules.LONGEST_LEASE)
         with _lock:
             held = self._leases.get(lease.problem_hash)
             if held is None or held.owner != lease.owner:
                 return None
-            times = {"acquired_at": min(held.acquired_at, now), "expires_at": now + seconds}
-            self._leases[lease.problem_hash] = held.model_copy(update=times)
+            self._leases[lease.problem_hash] = rules.renewed(lease, now, seconds)
             return self._leases[lease.problem_hash]
 
     def release(self, lease: Lease) -> None:

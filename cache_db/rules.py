@@ -13,6 +13,9 @@ NEIGHBOURS = 8
 CLOCK_SLACK = 5.0
 """Seconds by which a lease may lie in the future before it counts as written before the clock was set back."""
 
+LONGEST_LEASE = 600.0
+"""Seconds no lease is granted beyond; one that ends later yet was damaged, and binds nobody."""
+
 
 def supersedes(trial: Trial, stored: Trial | None) -> bool:
     """Whether ``trial`` may take the place of ``stored``: a final verdict only gives way to a final one."""
@@ -21,7 +24,12 @@ def supersedes(trial: Trial, stored: Trial | None) -> bool:
 
 def standing(lease: Lease, now: float) -> bool:
     """Whether ``lease`` keeps others out at ``now``."""
-    return lease.expires_at > now and lease.acquired_at <= now + CLOCK_SLACK
+    return now < lease.expires_at <= now + LONGEST_LEASE + CLOCK_SLACK and lease.acquired_at <= now + CLOCK_SLACK
+
+
+def renewed(lease: Lease, now: float, seconds: float) -> Lease:
+    """Returns ``lease`` with its end moved; a beginning that lies in the future (a clock set back) is mended."""
+    return lease.model_copy(update={"acquired_at": min(lease.acquired_at, now), "expires_at": now + seconds})
 
 
 def differing(problem: Problem, other: Problem) -> list[str]:

@@ -153,16 +153,17 @@ class Store:
         return rows.decode_all(Verification, self._fetch(_of(schema.verifications, problem, kernel).order_by(*order)))
 
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
-        """Takes the lease of a problem; None while someone else's stands."""
+        """Takes the lease of a problem for at most ``rules.LONGEST_LEASE``; None while someone else's stands."""
         with self._writing() as connection:
-            now = time.time()
+            now, seconds = time.time(), min(seconds, rules.LONGEST_LEASE)
             wanted = Lease(problem_hash=problem_hash, owner=owner, host=host, acquired_at=now, expires_at=now + seconds)
             return leases.claim(connection, self._insert, wanted)
 
     def renew(self, lease: Lease, seconds: float) -> Lease | None:
         """Moves the end of a lease; None if it was lost."""
         with self._writing() as connection:
-            return leases.renew(connection, lease, time.time(), seconds)
+            renewed = rules.renewed(lease, time.time(), min(seconds, rules.LONGEST_LEASE))
+            return renewed if leases.renew(connection, renewed) else None
 
     def release(self, lease: Lease) -> None:
         """Gives a lease back; one that was lost meanwhile stays with its new owner."""
@@ -185,6 +186,10 @@ class Store:
     def _create(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            folders = (self.path.parent, *self.path.parent.parents)
+            file = next((folder for folder in folders if folder.exists()), self.path.parent)
+            raise Unavailable(f"{self.path} cannot be made: {file} is a file, not a folder") from error
         except OSError as error:
             raise Unavailable(f"{self.path.parent} cannot be made: {error.strerror}") from error
         with self._transaction(self._writer) as connection:

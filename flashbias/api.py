@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ MAX_HEAD_DIM = 128
 MAX_RANK = 128
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_KERNEL_DTYPES, torch.float32, torch.float64)
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+_LONGEST_SHOWN = 200  # bits: Python refuses to print integers of more than 4300 digits
 
 
 def flash_bias_func(
@@ -42,7 +45,7 @@ def flash_bias_func(
         mask: broadcastable to (B, H, Sq, Sk), aligned right. bool: True takes part, as in PyTorch's
             scaled_dot_product_attention. float16 to float64: added to the scores. It gets no gradient.
         causal: whether query i sees keys j <= i only (aligned top-left, also where Sq and Sk differ).
-        softmax_scale: factor of q kᵀ; 1/sqrt(D) by default.
+        softmax_scale: factor of q kᵀ; 1/sqrt(D) by default. It must fit the arithmetic: fp64 for fp64, else fp32.
 
     Returns:
         (B, Sq, H, Dv) in q's dtype. A query without any key gives 0. The result is differentiable once, with
@@ -58,9 +61,9 @@ def flash_bias_func(
     _check_factors(q, k, q_bias, k_bias)
     if mask is not None:
         mask = _checked_mask(mask, q, k)
-    if causal is not True and causal is not False:
+    if not isinstance(causal, bool | np.bool_):
         raise ArgumentError.explain("causal", expected="True or False", got=_shown(causal))
-    return ops.attention(q, k, v, q_bias, k_bias, mask, causal, _scale(softmax_scale, q.shape[3]))
+    return ops.attention(q, k, v, q_bias, k_bias, mask, bool(causal), _scale(softmax_scale, q))
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -83,6 +86,10 @@ def _check_layout(name: str, tensor: object, layout: str) -> None:
     if tensor.dim() != 4:
         cure = "A single head or batch needs its dim too: unsqueeze it."
         raise ArgumentError.explain(name, expected=f"4 dims {layout}", got=_sizes(tensor), cure=cure)
+    _check_dense(name, tensor)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
         raise ArgumentError.explain(name, expected="a dense tensor (torch.strided)", got=got, cure="Pad it, and mask.")
@@ -199,6 +206,7 @@ def _checked_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if not isinstance(mask, Tensor):
         raise ArgumentError.explain("mask", expected=f"a tensor broadcastable to {shape}", got=_shown(mask))
+    _check_dense("mask", mask)
     if mask.dtype != torch.bool and mask.dtype not in _DTYPES:
         cure = "A 0/1 mask becomes bool by mask.bool(); True takes part."
         expected = "dtype bool (True takes part) or float (added to the scores)"
@@ -224,20 +232,26 @@ def _checked_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return mask.expand(shape)
 
 
-def _scale(softmax_scale: float | None, head_dim: int) -> float:
+def _scale(softmax_scale: object, q: Tensor) -> float:
+    """Returns the scale as a Python float that the arithmetic of ``q``'s dtype can hold."""
     if softmax_scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    if (
-        isinstance(softmax_scale, bool)
-        or not isinstance(softmax_scale, (int, float))
-        or not math.isfinite(softmax_scale)
-    ):
+        return 1.0 / math.sqrt(q.shape[3])
+    scale = float(softmax_scale) if isinstance(softmax_scale, np.integer | np.floating) else softmax_scale
+    finite = isinstance(scale, int) or (isinstance(scale, float) and math.isfinite(scale))
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not finite:
         raise ArgumentError.explain("softmax_scale", expected="a finite number or None", got=_shown(softmax_scale))
-    return float(softmax_scale)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if abs(scale) > _LARGEST[dtype]:
+        expected = f"at most {_LARGEST[dtype]:.2g} in magnitude, to fit {_dtype(dtype)}"
+        raise ArgumentError.explain("softmax_scale", expected=expected, got=_shown(softmax_scale))
+    return float(scale)
 
 
 def _shown(value: object) -> str:
-    return f"{value!r:.60} ({type(value).__name__})" if isinstance(value, (int, float, str)) else type(value).__name__
+    if isinstance(value, int) and value.bit_length() > _LONGEST_SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    kinds = (int, float, str, np.generic)
+    return f"{value!r:.60} ({type(value).__name__})" if isinstance(value, kinds) else type(value).__name__
 
 
 def _sizes(tensor: Tensor) -> str:

@@ -182,7 +182,7 @@ def _has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None) -> bool
         return q.device.type == "cpu"
     if q.device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(q.device) >= _FIRST_CAPABILITY
+    return describe(q.get_device()).capability >= _FIRST_CAPABILITY
 
 
 def _unit_rows(tensor: Tensor) -> Tensor:
@@ -239,7 +239,10 @@ def _plan(
     *,
     through_forward: bool = False,
 ) -> Plan:
-    """Returns what to run; ``through_forward`` asks first for what the forward of this launch key ran."""
+    """Returns what to run; ``through_forward`` takes what the latest forward with this launch key ran.
+
+    A backward decides nothing: autograd's threads see no settings. Its tensors are made to fit the plan's layout.
+    """
     device = describe(q.get_device())
     aligned = arguments.is_aligned(q) and arguments.is_aligned(k) and arguments.is_aligned(v)
     key = (
@@ -254,17 +257,16 @@ def _plan(
         bucket(q.shape[1]),
         bucket(k.shape[1]),
         occupancy(q.shape[0], q.shape[2], q.shape[1], device.sm_count),
-        aligned,
     )
-    if through_forward and key in _latest:
-        return _latest[key]
+    if through_forward:
+        return _latest.get(key, _EAGER)
     chosen = current()
-    plan = _plans.get((key, chosen.identity))
+    plan = _plans.get((key, aligned, chosen.identity))
     if plan is None:
         if device.index >= 0 and torch.cuda.is_current_stream_capturing():
             return _EAGER
         plan = _make_plan(_shape(q, k, v, q_bias, mask, causal, grads, aligned), device, chosen)
-        _plans[key, chosen.identity] = plan
+        _plans[key, aligned, chosen.identity] = plan
     _latest[key] = plan
     return plan
 

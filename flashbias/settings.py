@@ -27,6 +27,7 @@ from autotune.settings import Mode, Settings
 
 IMPLEMENTATIONS: Final = ("triton",)
 CURE: Final = "set FLASHBIAS_MODE=read, or tune beforehand with scripts/prewarm.py"
+REMEDY: Final = "tune beforehand with scripts/prewarm.py"
 JOB_WAIT_SECONDS: Final = 120.0
 
 _PREFIX: Final = "FLASHBIAS_"
@@ -87,6 +88,8 @@ def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
 def read(environment: Mapping[str, str]) -> Settings:
     """Returns the settings that ``environment`` asks for; an unknown ``FLASHBIAS_*`` is warned about.
 
+    So is a cache folder in the home of a user who does not exist: results are then kept in memory.
+
     Raises SettingsError, naming the variable and the right values, for a value that cannot be.
     """
     _warn_unknown(environment)
@@ -99,7 +102,7 @@ def read(environment: Mapping[str, str]) -> Settings:
                 Settings(**{field: values[field]})
             except SettingsError as error:
                 raise SettingsError(f"environment variable {variable}: {error}") from None
-    return Settings(**values, cure=CURE)
+    return Settings(**values, cure=CURE, remedy=REMEDY)
 
 
 def reread() -> None:
@@ -168,8 +171,17 @@ def _default_wait(environment: Mapping[str, str]) -> float:
 def _folder(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
-    except RuntimeError as error:
-        raise SettingsError(f"cache_dir: expected a folder, got {text!r}: {error}") from None
+    except RuntimeError:
+        raise SettingsError(f"cache_dir: expected a folder, got {text!r}: there is no such home folder") from None
+
+
+def _folder_if_any(text: str) -> Path | None:
+    """Returns the folder ``text`` names, None with a warning where it names none: a job must not end for its cache."""
+    try:
+        return _folder(text)
+    except SettingsError as error:
+        logger.warning("environment variable FLASHBIAS_CACHE_DIR: %s; tuning results are kept in memory", error)
+        return None
 
 
 def _number(text: str) -> float:
@@ -189,12 +201,17 @@ def _implementations(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """Writes to stderr as long as the application has set up no logging of its own, whenever it does so."""
+    """Writes to stderr as long as the application has set up no logging of its own, whenever it does so.
+
+    A process whose stderr is missing (a daemon's) or closed has nobody to tell, and runs on.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            self.setStream(sys.stderr)
-            super().emit(record)
+        stream = sys.stderr
+        if logging.getLogger().handlers or stream is None or getattr(stream, "closed", False):
+            return
+        self.stream = stream  # not setStream, which flushes the stream before: that one may be closed by now
+        super().emit(record)
 
 
 def _listen(log: str) -> None:
@@ -219,7 +236,7 @@ class _CallableModule(types.ModuleType):
 
 _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "FLASHBIAS_MODE": ("mode", str),
-    "FLASHBIAS_CACHE_DIR": ("cache_dir", _folder),
+    "FLASHBIAS_CACHE_DIR": ("cache_dir", _folder_if_any),
     "FLASHBIAS_BUDGET_SECONDS": ("budget_seconds", _number),
     "FLASHBIAS_WAIT_SECONDS": ("wait_seconds", _number),
     "FLASHBIAS_IMPLEMENTATIONS": ("implementations", _implementations),

@@ -20,10 +20,13 @@ INTERPRETER_REPEATS: Final = 2
 REPEATS_A_LOOK: Final = 1000
 
 
-def screen(launch: Callable[[], None], outputs: Arena, scratch: Arena, repeats: int) -> tuple[int, int]:
+def screen(
+    launch: Callable[[], None], outputs: Arena, scratch: Arena, repeats: int, notice: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
     """Runs ``launch`` once for the expected bits and ``repeats`` times against them, compared on the device.
 
-    Returns (repeats that differed, repeats done). Waits for the device once per ``REPEATS_A_LOOK`` repeats.
+    Returns (repeats that differed, repeats done). Waits for the device once per ``REPEATS_A_LOOK`` repeats, and calls
+    ``notice`` then: a long screen is no hang.
     """
     _run(launch, outputs, scratch)
     expected = outputs.words.clone()
@@ -36,6 +39,7 @@ def screen(launch: Callable[[], None], outputs: Arena, scratch: Arena, repeats: 
             differed += outputs.words.ne(expected).any()
         done += count
         found = int(differed)
+        notice()
     return found, done
 
 

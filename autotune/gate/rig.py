@@ -152,6 +152,10 @@ class Rig:
         """Returns guarded scratch for one candidate."""
         return Arena(self.spec.scratch(kernel, self.problem, config, case), self.torch_device)
 
+    def alive(self) -> None:
+        """Says that the candidate under trial is making progress."""
+        self._announce("trial")
+
     def wait(self) -> None:
         """Waits for all work of this process's GPU; errors of earlier launches come out here."""
         if self.torch_device.type == "cuda":

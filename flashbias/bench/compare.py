@@ -13,10 +13,10 @@ from flashbias import reference
 from flashbias.bench.providers import PROVIDERS, Forward, Inputs, make
 from flashbias.kernels.problem import GRADIENTS, Shape
 
-# A provider whose result is further from the oracle than this, relative to the whole tensor, computes something else.
 # A head start of about 1 ms for the host: a whole backward through autograd takes it up to 0.8 ms, and kernels shall be
 # timed, not the host.
 _LEAD_CYCLES: Final = 2_000_000
+# A provider whose result is further from the oracle than this, relative to the whole tensor, computes something else.
 LIMITS: Final = {"float16": 5e-3, "bfloat16": 4e-2}
 
 

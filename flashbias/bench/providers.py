@@ -76,25 +76,35 @@ def ours(inputs: Inputs) -> Tensor:
 
 def sdpa_concat(inputs: Inputs) -> Tensor:
     """Returns O of SDPA on concatenated inputs, whatever backend is enabled."""
-    q, k = inputs.q * inputs.scale, inputs.k
-    if inputs.q_bias is not None and inputs.k_bias is not None:
-        q, k = torch.cat([q, inputs.q_bias], -1), torch.cat([k, inputs.k_bias], -1)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), inputs.v.transpose(1, 2), is_causal=inputs.causal, scale=1.0
-    )
+    q, k = _concatenated(inputs)
+    v = inputs.v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, scale=1.0)
     return out.transpose(1, 2)
 
 
 def sdpa_concat_flash(inputs: Inputs) -> Tensor:
     """Returns O of SDPA's flash backend, which wants one head dim: v is padded to q's and the result cut."""
-    assert inputs.q_bias is not None
-    assert inputs.k_bias is not None
-    q, k = torch.cat([inputs.q * inputs.scale, inputs.q_bias], -1), torch.cat([inputs.k, inputs.k_bias], -1)
-    width = -(-q.shape[3] // 8) * 8
-    q, k, v = (F.pad(tensor, (0, width - tensor.shape[3])).transpose(1, 2) for tensor in (q, k, inputs.v))
+    q, k = _concatenated(inputs)
+    v = F.pad(inputs.v, (0, q.shape[3] - inputs.v.shape[3])).transpose(1, 2)
     with _only(SDPBackend.FLASH_ATTENTION):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, scale=1.0)
     return out[..., : inputs.v.shape[3]].transpose(1, 2)
+
+
+def _concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Returns [q·scale, q_bias] and [k, k_bias] as (B, H, S, columns), zero columns added up to a multiple of 8.
+
+    SDPA's backends refuse other head dims.
+    """
+    q_parts, k_parts = [inputs.q * inputs.scale], [inputs.k]
+    if inputs.q_bias is not None and inputs.k_bias is not None:
+        q_parts.append(inputs.q_bias)
+        k_parts.append(inputs.k_bias)
+    room = -sum(part.shape[3] for part in q_parts) % 8
+    if room:
+        q_parts.append(inputs.q.new_zeros((*inputs.q.shape[:3], room)))
+        k_parts.append(inputs.k.new_zeros((*inputs.k.shape[:3], room)))
+    return torch.cat(q_parts, -1).transpose(1, 2), torch.cat(k_parts, -1).transpose(1, 2)
 
 
 def sdpa_without_bias(inputs: Inputs) -> Tensor:
@@ -124,5 +134,6 @@ PROVIDERS: Final[Mapping[str, Forward]] = {
     "SDPA concat cuDNN": _with(SDPBackend.CUDNN_ATTENTION),
     "SDPA concat flash": sdpa_concat_flash,
     "SDPA concat efficient": _with(SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA concat math": _with(SDPBackend.MATH),
     "SDPA without bias": sdpa_without_bias,
 }

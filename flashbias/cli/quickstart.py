@@ -22,6 +22,7 @@ import torch
 
 import autotune
 import flashbias
+from autotune.candidate import told
 from autotune.device import DeviceInfo, describe, interpreting
 from autotune.errors import AutotuneError
 from cache_db import Trial, open_layers
@@ -221,11 +222,11 @@ def _tried_lines(trials: Sequence[Trial]) -> Iterator[str]:
     """Yields, for each kernel, what was tried, and what was rejected with the reason."""
     for kernel in dict.fromkeys(trial.kernel for trial in trials):
         mine = [trial for trial in trials if trial.kernel == kernel]
-        verdicts = Counter(str(trial.verdict) for trial in mine)
+        verdicts = Counter(told(trial) for trial in mine)
         counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
         yield f"tried     {kernel:<16}{len(mine)}: {counts}"
         for verdict in verdicts:
-            rejected = [trial for trial in mine if trial.verdict == verdict != "safe"]
+            rejected = [trial for trial in mine if told(trial) == verdict != "safe"]
             for trial in rejected[:SHOWN_PER_VERDICT]:
                 yield f"          {verdict}: {trial.config}: {trial.reason}"
             if len(rejected) > SHOWN_PER_VERDICT:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from autotune.device import DeviceInfo
 from cache_db.models import Config, Problem
-from flashbias.kernels.backward import backward_dkdv, backward_dq
+from flashbias.kernels.backward_dkdv import backward_dkdv
+from flashbias.kernels.backward_dq import backward_dq
 from flashbias.kernels.binding import Binary, compile_binary, launch_binary
 from flashbias.kernels.forward import forward
 from flashbias.kernels.problem import wanted
@@ -177,3 +178,17 @@ def as_bytes(mask: Tensor, sizes: Sizes) -> Tensor:
     """Returns the mask expanded to (B, H, Sq, Sk) without a copy, bool as bytes."""
     expanded = mask.expand(sizes.batch, sizes.nheads, sizes.seqlen_q, sizes.seqlen_k)
     return expanded.view(torch.uint8) if mask.dtype == torch.bool else expanded
+
+
+# What, beside the kernels, decides what a launch computes: part of the source hash.
+HOST_FUNCTIONS: Final[tuple[Any, ...]] = (
+    is_aligned,
+    needs_packing,
+    packed_shape,
+    factors,
+    pack,
+    compile_kernel,
+    launch_kernel,
+    _strides,
+    as_bytes,
+)

@@ -8,10 +8,11 @@ the problem alone (``layout``), which makes a compiled kernel a function of (pro
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ _SCALARS = {
     "scale": "fp32",
 }
 _ELEMENT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "bool": "u8", "none": "u8"}
+_NO_BITS: Final = 8  # ELF's section type for memory that the file does not hold
 _FP32_POINTERS = frozenset({"lse_ptr", "delta_ptr", "dq_bias_ptr", "dk_bias_ptr"})
 # Row values and factor gradients have rows of any length, masks any strides: neither is promised to be aligned.
 _UNALIGNED = frozenset({"mask_ptr", "mask_strides", "dq_bias_strides", "dk_bias_strides"})
@@ -112,9 +114,29 @@ def compile_binary(
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     # The softmax step counts on one multiply-add; Triton 3.10 will no longer fuse unless told to.
     compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
-    binary = hashlib.sha256(compiled.asm["cubin"]).hexdigest()
+    binary = hashlib.sha256(machine_code(compiled.asm["cubin"])).hexdigest()
     stats = {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
     return Binary(function, compiled, dict(constants), arguments, binary, stats)
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """Returns the parts of an ELF cubin that run: code, constants, shared memory and launch facts.
+
+    The rest holds line numbers and file names, which differ between two installations of the same source.
+    """
+    table, (entry_size, entries, names_index) = (
+        *struct.unpack_from("<Q", cubin, 40),
+        struct.unpack_from("<HHH", cubin, 58),
+    )
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + entry_size * index) for index in range(entries)]
+    names_at = headers[names_index][4]
+    parts = []
+    for name_at, kind, _, _, offset, size in headers:
+        start = names_at + name_at
+        name = cubin[start : cubin.index(b"\0", start)]
+        if name.startswith((b".text", b".nv.constant", b".nv.shared", b".nv.info")):
+            parts += [name, b"" if kind == _NO_BITS else cubin[offset : offset + size]]
+    return b"\0".join(parts)
 
 
 def _scratch(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:

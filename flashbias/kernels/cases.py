@@ -25,6 +25,7 @@ from cache_db.models import Problem, Scalar
 # Query tiles of 128 rows per multiprocessor that stand for each occupancy class.
 _TILES: Final = {"<1": 0.5, "1-4": 2.0, ">4": 8.0}
 _MAX_HEADS: Final = 64
+_MAX_MASK: Final = 1 << 28
 _RACE_ROWS: Final = 505
 _INTERPRETED_ROWS: Final = 40
 
@@ -129,8 +130,15 @@ def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Ten
     _shift_rows(found["q"][:, ::2], found["k"], float(case.sizes["logit"]) * head_dim**0.5)
     _shift_rows(found["q"][:, 1::2], found["k"], -float(case.sizes["logit"]) * head_dim**0.5)
     if fields["mask"] != "none":
-        found["mask"] = _mask(str(fields["mask"]), (1, nheads, seqlen_q, seqlen_k), generator, device)
+        found["mask"] = _mask(str(fields["mask"]), _mask_shape(nheads, seqlen_q, seqlen_k), generator, device)
     return found
+
+
+def _mask_shape(nheads: int, seqlen_q: int, seqlen_k: int) -> tuple[int, ...]:
+    """Returns the largest mask worth its memory: a matrix for each head, one for all heads, or one row for all."""
+    if nheads * seqlen_q * seqlen_k <= _MAX_MASK:
+        return 1, nheads, seqlen_q, seqlen_k
+    return 1, 1, seqlen_q if seqlen_q * seqlen_k <= _MAX_MASK else 1, seqlen_k
 
 
 def _shift_rows(rows: Tensor, columns: Tensor, shift: float) -> None:
@@ -150,13 +158,15 @@ def _mask(kind: str, shape: tuple[int, ...], generator: torch.Generator, device:
     values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     if kind == "bool":
         mask = values > -0.7
-        mask[..., ::7, :] = False
+        if shape[2] > 1:
+            mask[..., ::7, :] = False
         return mask
     values *= 0.5
     values[values < -1.0] = -torch.inf
-    values[..., ::7, :] = -torch.inf
+    if shape[2] > 1:
+        values[..., ::7, :] = -torch.inf
     mask_dtype: torch.dtype = getattr(torch, kind)
     mask = values.to(mask_dtype)
-    if kind != "float16":  # -65504 leaves of a fp32 logit what not even the ideal kernel can tell
+    if kind != "float16" and shape[2] > 1:  # -65504 leaves of a fp32 logit what not even the ideal kernel can tell
         mask[..., 3::7, :] = max(torch.finfo(mask_dtype).min, torch.finfo(torch.float32).min)
     return mask

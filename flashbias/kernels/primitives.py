@@ -218,3 +218,9 @@ def softmax_step(s, row_max, row_sum):
     p = exp_difference(s, anchor[:, None])
     correction = exp_difference(row_max, anchor)
     return p, correction, new_max, row_sum * correction + tl.sum(p, 1)
+
+
+@triton.jit
+def blind_rows_high(lse):
+    """Returns LSE with -inf (no key) turned into +inf, so that exp(score - LSE) is 0 there."""
+    return tl.where(lse == -float("inf"), float("inf"), lse)

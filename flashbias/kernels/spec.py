@@ -33,7 +33,7 @@ _KEY_GRADIENTS: Final = ("k", "v", "k_bias")
 @functools.cache
 def source() -> str:
     """Returns the hash of everything that decides what the kernels compute."""
-    return source_hash([*arguments.FUNCTIONS.values(), arguments.factors, arguments.pack, arguments.launch_kernel])
+    return source_hash([*arguments.FUNCTIONS.values(), *arguments.HOST_FUNCTIONS])
 
 
 def sizes_of(inputs: Tensors) -> Sizes:

@@ -63,6 +63,27 @@ def test_quiet_shows_nothing_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch)
     assert terminal.getvalue() == ""
 
 
+class Bare:
+    """A stderr that can do nothing but write."""
+
+    def write(self, text: str) -> None:
+        """Takes ``text``."""
+
+
+def closed() -> io.StringIO:
+    """Returns a stream that was closed."""
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stderr", [None, closed(), Bare()], ids=["missing", "closed", "bare"])
+def test_stderr_that_is_no_terminal_stops_no_loop(stderr: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon without stderr, or with somebody's own, tunes like anybody else."""
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert list(track("abc", "proving", 3)) == ["a", "b", "c"]
+
+
 def test_terminal_gets_a_bar_that_is_wiped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """With rich, a terminal shows title, count and note, and an abandoned loop leaves the cursor visible."""
     pytest.importorskip("rich", reason="the bar needs rich")

@@ -268,6 +268,15 @@ def test_a_shadowing_module_in_the_working_directory_reaches_no_child(tmp_path: 
     assert said.split() == ["safe"], trouble
 
 
+def test_a_caller_without_stdio_has_children_all_the_same(tmp_path: Path) -> None:
+    """Where stdin, stdout and stderr are closed the line to the child gets one of their numbers, and still holds."""
+    code = "from pathlib import Path" + SCRIPT.replace("print(", "Path('said').write_text(")
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    variables = {**os.environ, "PYTHONPATH": HOME, "TRITON_INTERPRET": "1"}
+    subprocess.run(command, cwd=tmp_path, env=variables, timeout=90, check=True)
+    assert (tmp_path / "said").read_text() == "safe"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_hanging_child_dies_with_its_parent(number: signal.Signals, tmp_path: Path) -> None:
     """However the caller's process ends, no child is left, not even one that hangs."""

@@ -15,6 +15,7 @@ import pytest
 import autotune
 from autotune import CacheMiss, Choice, Mode, Resolution, Settings, confirm, resolve
 from autotune.device import describe
+from autotune.messages import remedy
 from cache_db import Layers, open_layers
 from cache_db.models import Environment, Problem, Verdict, Winner
 from tests.autotune.planted_spec import planted_problem
@@ -110,7 +111,7 @@ def test_sixteen_threads_sweep_once(tmp_path: Path) -> None:
 
 def test_mode_read_takes_the_default_after_a_quick_proof(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without any winner the default runs, proven at level 1, with one warning that names rung and cure."""
-    settings = Settings(mode=Mode.READ, cache_dir=tmp_path, cure="turn the handle")
+    settings = Settings(mode=Mode.READ, cache_dir=tmp_path, remedy="turn the handle")
     found = resolve(planted_problem(), DEVICE, settings)
     assert blocks(found) == {"forward": 256, "backward": 256}
     assert rungs(found) == {"default"}
@@ -121,7 +122,21 @@ def test_mode_read_takes_the_default_after_a_quick_proof(tmp_path: Path, caplog:
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "default" in warnings[0]
-    assert "turn the handle" in warnings[0]
+    assert warnings[0].endswith('To change that: turn the handle, or use mode "tune"')
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        (Mode.TUNE, "turn the handle"),
+        (Mode.RETUNE, "turn the handle"),
+        (Mode.READ, 'turn the handle, or use mode "tune"'),
+        (Mode.OFF, 'turn the handle, and use mode "tune" or "read": mode "off" reads no database'),
+    ],
+)
+def test_remedy_for_a_lower_rung_is_one_in_the_mode_at_hand(mode: Mode, expected: str) -> None:
+    """No mode is told to do what it does already."""
+    assert remedy(Settings(mode=mode, cure="set mode read", remedy="turn the handle")) == expected
 
 
 def test_quick_proofs_are_shared_by_processes(tmp_path: Path) -> None:
@@ -316,3 +331,32 @@ def test_folder_that_cannot_be_used_costs_a_warning_not_a_call(tmp_path: Path) -
     blocked.write_text("in the way")
     found = resolve(planted_problem(), DEVICE, Settings(cache_dir=blocked))
     assert (found.location, rungs(found), found.swept) == ("memory", {"winner"}, True)
+
+
+def test_a_winner_that_was_found_racy_later_is_never_used_again(tmp_path: Path) -> None:
+    """A final failure outweighs the winner row: the problem is tuned again and another config wins."""
+    problem = planted_problem("32 64")
+    first = resolve(problem, DEVICE, Settings(cache_dir=tmp_path)).choices["forward"]
+    store = open_layers(tmp_path)
+    trial = next(row for row in store.trials(problem, "forward") if row.config == first.config)
+    store.add_trial(trial.model_copy(update={"verdict": Verdict.RACY, "level": 0, "reason": "planted"}))
+    autotune.forget()
+    again = resolve(problem, DEVICE, Settings(cache_dir=tmp_path)).choices["forward"]
+    assert again.rung == "winner"
+    assert again.config != first.config
+
+
+def test_threads_with_different_settings_share_one_sweep_and_none_takes_the_ladder(tmp_path: Path) -> None:
+    """Two threads of one process that decide apart do not take each other's lease for another process's."""
+    problem = planted_problem("32 64")
+    found: list[autotune.Resolution] = []
+    chosen = [Settings(cache_dir=tmp_path), Settings(cache_dir=tmp_path, implementations=("triton",))]
+    threads = [
+        threading.Thread(target=lambda each=each: found.append(resolve(problem, DEVICE, each))) for each in chosen
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [resolution.choices["forward"].rung for resolution in found] == ["winner", "winner"]
+    assert sorted(resolution.swept for resolution in found) == [False, True]

@@ -111,6 +111,19 @@ def test_second_process_sweeps_nothing_and_writes_nothing(tmp_path: Path) -> Non
     assert (tmp_path / "flashbias.db").read_bytes() == before
 
 
+def test_process_without_stdin_stdout_and_stderr_tunes(tmp_path: Path) -> None:
+    """A daemon that closed all three tunes like anybody else."""
+    code = RESOLVE.replace("print(", "Path(sys.argv[3]).write_text(")
+    command = [sys.executable, "-c", code, planted_problem().model_dump_json(), str(tmp_path), str(tmp_path / "found")]
+    subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=120,
+    )
+    assert json.loads((tmp_path / "found").read_text()) == {"swept": True, "rungs": ["winner", "winner"]}
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_killed_sweep_goes_on_where_it_was(tmp_path: Path, count: int) -> None:
     """After SIGKILL with k of n trials stored, the next process measures n - k, at once, and nothing twice."""

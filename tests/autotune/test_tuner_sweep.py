@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import pytest
 
 import autotune
 from autotune import Mode, Settings, resolve
+from autotune.candidate import Candidate
 from autotune.device import describe
 from autotune.lease import hostname
 from cache_db import open_layers
-from cache_db.models import Config, Environment, Problem, Trial, Verdict
+from cache_db.models import Config, Environment, Problem, Scalar, Trial, Verdict
 from tests.autotune.planted_spec import planted_problem
 from tests.autotune.softmax_spec import softmax_config
 
@@ -184,6 +186,33 @@ def test_trials_of_an_earlier_sweep_are_not_repeated(tmp_path: Path) -> None:
     assert found.choices["forward"].config == softmax_config(64)
     assert [stored[softmax_config(block)].reason for block in (32, 64)] == ["earlier", "earlier"]
     assert stored[softmax_config(128)].reason != "earlier"
+
+
+@pytest.mark.parametrize(
+    "ms", ["fast", math.nan, math.inf, -math.inf, -1.0, 0.0, True, 10**400], ids=lambda ms: str(ms)[:9]
+)
+def test_what_cannot_be_a_time_is_dropped(ms: Scalar) -> None:
+    """A proven trial without a real time is neither safe nor settled until it is timed again."""
+    candidate = Candidate(softmax_config(32))
+    trial = stored_trial(planted_problem("32"), softmax_config(32), Verdict.SAFE, DEVICE.environment, 60)
+    candidate.resume(trial.model_copy(update={"figures": {"ms": ms, "registers": 7}}))
+    assert (candidate.figures, candidate.ms) == ({"registers": 7}, math.inf)
+    assert not candidate.safe
+    assert not candidate.settled
+
+
+@pytest.mark.parametrize("ms", ["fast", math.nan, -1.0, None], ids=str)
+def test_stored_time_that_is_none_is_taken_again(tmp_path: Path, ms: Scalar | None) -> None:
+    """Whatever a row calls its time, the sweep resumes, keeps the proof, and its winner has a real time."""
+    problem = planted_problem("32")
+    trial = stored_trial(problem, softmax_config(32), Verdict.SAFE, DEVICE.environment, 60)
+    figures: dict[str, Scalar] = {} if ms is None else {"ms": ms}
+    open_layers(tmp_path).add_trial(trial.model_copy(update={"figures": figures}))
+    resolve(problem, DEVICE, Settings(cache_dir=tmp_path))
+    winner = open_layers(tmp_path).winners(problem)["forward"]
+    assert winner.config == softmax_config(32)
+    assert 0.001 < winner.ms < 10_000
+    assert trials(tmp_path, problem)[softmax_config(32)].reason == "earlier"
 
 
 def test_safe_trial_of_another_driver_is_repeated(tmp_path: Path) -> None:

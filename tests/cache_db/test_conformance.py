@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import store_examples as examples
 from cache_db import Layers, open_layers
 from cache_db.memory import Memory
 from cache_db.models import FINAL, Verdict
+from cache_db.rules import LONGEST_LEASE
 from cache_db.store import Store
 
 Storage = Store | Memory | Layers
@@ -167,6 +169,23 @@ class TestStorage:
         assert storage.claim("p" * 64, "me", "host", 30.0) is not None
         assert storage.renew(alive, 30.0) is not None
         assert storage.claim("q" * 64, "me", "host", 30.0) is None
+
+    def test_lease_that_ends_absurdly_late_is_void(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No lease is granted for longer than the limit, and one that says otherwise binds nobody."""
+        longest = storage.claim("p" * 64, "me", "host", 1e300)
+        assert longest is not None
+        assert longest.expires_at - longest.acquired_at == pytest.approx(LONGEST_LEASE)
+        assert storage.holder("p" * 64) == longest
+        renewed = storage.renew(longest, 1e300)
+        assert renewed is not None
+        assert renewed.expires_at < time.time() + LONGEST_LEASE + 1
+        monkeypatch.setattr("cache_db.rules.LONGEST_LEASE", 1e301)
+        endless = storage.claim("q" * 64, "dead", "host", 1e300)
+        monkeypatch.undo()
+        assert endless is not None
+        assert endless.expires_at == 1e300
+        assert storage.holder("q" * 64) is None
+        assert storage.claim("q" * 64, "me", "host", 60.0) is not None
 
     def test_counts_every_table(self, storage: Storage) -> None:
         """Each kind of row is counted under its table's name."""

@@ -79,9 +79,18 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 
 def test_path_below_a_file_means_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A cache folder that cannot be made costs one warning that names it."""
+    """A cache folder that cannot be made costs one warning that names it and what is in the way."""
     (tmp_path / "file").touch()
-    assert str(tmp_path / "file" / "cache") in _works_in_memory(tmp_path / "file" / "cache", caplog)
+    message = _works_in_memory(tmp_path / "file" / "cache", caplog)
+    assert str(tmp_path / "file" / "cache") in message
+    assert f"{tmp_path / 'file'} is a file, not a folder" in message
+
+
+def test_file_in_the_folders_place_means_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who names a file as cache folder is told that it is one; the file stays as it is."""
+    (tmp_path / "file").write_text("mine")
+    assert f"{tmp_path / 'file'} is a file, not a folder" in _works_in_memory(tmp_path / "file", caplog)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_folder_in_the_files_place_means_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from cache_db import rows
+from cache_db import open_layers, rows
 from cache_db.errors import RowRefused
 from cache_db.memory import Memory
 from cache_db.models import Config, Environment, Problem, Trial, Verdict, Verification, Winner
@@ -165,6 +165,59 @@ def test_unusable_winner_does_not_block_its_key(tmp_path: Path) -> None:
     _change(store.path, "UPDATE flashbias_winners SET params = '{}'")
     assert store.put_winner(examples.winner(32)) == examples.winner(32)
     assert store.winners(examples.problem()) == {"forward": examples.winner(32)}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "expires_at = 'abc'",
+        "acquired_at = 'abc'",
+        "acquired_at = -1e999",
+        "expires_at = 1e999",
+        "owner = x'ff'",
+        "host = x'ff'",
+    ],
+)
+def test_unreadable_lease_counts_as_none(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged lease keeps nobody out, is written over by the next claim, and costs no layer its file."""
+    layers = open_layers(tmp_path)
+    assert layers.claim("p" * 64, "other", "host", 60.0) is not None
+    _change(tmp_path / "flashbias.db", f"UPDATE flashbias_leases SET {damage}")
+    assert layers.holder("p" * 64) is None
+    mine = layers.claim("p" * 64, "me", "host", 60.0)
+    assert mine is not None
+    assert layers.holder("p" * 64) == mine
+    layers.add_trial(examples.trial())
+    assert layers.location == str(tmp_path / "flashbias.db")
+    assert Store.open(tmp_path / "flashbias.db").trials(examples.problem()) == [examples.trial()]
+    assert all("kept in memory" not in message for message in caplog.messages)
+
+
+def test_own_lease_that_was_damaged_is_mended_by_its_renewal(tmp_path: Path) -> None:
+    """The living owner of an unreadable row makes it whole again."""
+    store = Store.open(tmp_path / "flashbias.db")
+    lease = store.claim("p" * 64, "me", "host", 60.0)
+    assert lease is not None
+    _change(store.path, "UPDATE flashbias_leases SET host = x'ff', acquired_at = 'abc', expires_at = 'abc'")
+    renewed = store.renew(lease, 60.0)
+    assert renewed is not None
+    assert store.holder("p" * 64) == renewed
+
+
+def test_row_that_is_refused_costs_no_layer_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A winner that a trigger spoils on its way in is kept in memory; all else goes on in the file."""
+    layers = open_layers(tmp_path)
+    spoil = "UPDATE flashbias_winners SET params = '{}' WHERE key_hash = NEW.key_hash"
+    for event in ("INSERT", "UPDATE OF ms"):
+        _change(
+            tmp_path / "flashbias.db",
+            f"CREATE TRIGGER spoil_{event[:6]} AFTER {event} ON flashbias_winners BEGIN {spoil}; END",
+        )
+    assert layers.put_winner(examples.winner()) == examples.winner()
+    assert layers.winners(examples.problem()) == {"forward": examples.winner()}
+    layers.add_trial(examples.trial())
+    assert Store.open(tmp_path / "flashbias.db").trials(examples.problem()) == [examples.trial()]
+    assert any("could not be read back; this result is kept in memory" in message for message in caplog.messages)
 
 
 class StoreAgainstMemory(RuleBasedStateMachine):

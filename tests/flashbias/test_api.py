@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -65,6 +66,20 @@ class TestAllowed:
         """Integers, zero and negative scales are scales too."""
         call = replace(make(), scale=scale)
         torch.testing.assert_close(call_api(call), naive(call)[0])
+
+    def test_scale_may_be_as_large_as_the_arithmetic_holds(self) -> None:
+        """fp64 inputs take a scale that fp32 could not hold; zero scores stay zero whatever multiplies them."""
+        given = {name: t.double() for name, t in arguments().items()}
+        assert not flash_bias_func(**given, softmax_scale=1e300).any()
+        assert not flash_bias_func(**arguments(), softmax_scale=10**38).any()
+
+    @pytest.mark.parametrize("scale", [np.float16(0.5), np.float32(0.5), np.float64(0.5), np.int64(2)], ids=repr)
+    @pytest.mark.parametrize("causal", [np.True_, np.False_])
+    def test_numpy_scalars_are_numbers_and_truth_values(self, scale: Any, causal: Any) -> None:
+        """What comes out of a NumPy array needs no cast."""
+        call = make(causal=bool(causal))
+        expected = flash_bias_func(*call.arguments[:6], bool(causal), float(scale))
+        assert torch.equal(flash_bias_func(*call.arguments[:6], causal, scale), expected)
 
     @pytest.mark.parametrize("shape", [(), (7,), (5, 1), (5, 7), (4, 1, 7), (1, 1, 5, 7), (2, 4, 5, 7), (2, 1, 1, 1)])
     def test_masks_broadcast_from_the_right(self, shape: tuple[int, ...]) -> None:
@@ -140,6 +155,18 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "scale as text": ({"softmax_scale": "0.5"}, ["softmax_scale", "a finite number or None", "'0.5' (str)"]),
     "scale as tensor": ({"softmax_scale": torch.ones(())}, ["softmax_scale", "a finite number or None", "Tensor"]),
     "scale as bool": ({"softmax_scale": True}, ["softmax_scale", "a finite number or None", "True (bool)"]),
+    "numpy's truth as scale": ({"softmax_scale": np.True_}, ["softmax_scale", "a finite number or None", "bool"]),
+    "numpy's NaN": ({"softmax_scale": np.float32("nan")}, ["softmax_scale", "a finite number or None", "nan"]),
+    "numpy's number for causal": ({"causal": np.int64(1)}, ["causal", "True or False", "int64"]),
+    "scale beyond float": ({"softmax_scale": 10**400}, ["softmax_scale", "3.4e+38", "float32", "integer of 1329 bits"]),
+    "scale beyond print": ({"softmax_scale": -(10**5000)}, ["softmax_scale", "3.4e+38", "integer of"]),
+    "scale beyond fp32": ({"softmax_scale": 1e300}, ["softmax_scale", "3.4e+38", "float32", "1e+300 (float)"]),
+    "scale beyond fp64": (
+        {name: zeros(2, 5, 4, 8).double() for name in "qkv"}
+        | {"q_bias": None, "k_bias": None, "softmax_scale": 10**400},
+        ["softmax_scale", "1.8e+308", "float64"],
+    ),
+    "sparse mask": ({"mask": zeros(5, 7).to_sparse()}, ["mask", "dense", "sparse_coo"]),
     "infinite scale": ({"softmax_scale": math.inf}, ["softmax_scale", "a finite number or None", "inf"]),
 }
 UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -14,6 +14,7 @@ from autotune.device import DeviceInfo
 from cache_db.models import Config, Environment
 from flashbias.kernels import space
 from flashbias.kernels.arguments import compile_kernel
+from flashbias.kernels.binding import machine_code
 from flashbias.kernels.problem import GRADIENTS, Shape, problem
 
 pytestmark = pytest.mark.compile_only
@@ -98,3 +99,14 @@ def test_the_layout_class_decides_the_binary_and_nothing_else_does() -> None:
     first, again = (compile_kernel("forward", config, aligned, HOPPER).binary for _ in range(2))
     assert first == again
     assert compile_kernel("forward", config, strided, HOPPER).binary != first
+
+
+def test_a_binarys_name_ignores_file_names_and_line_numbers_but_not_code() -> None:
+    """The same source installed elsewhere, or with another comment, is the same proven binary."""
+    found = problem(SHAPE, HOPPER)
+    cubin = compile_kernel("forward", space.default("forward", found, HOPPER), found, HOPPER).compiled.asm["cubin"]
+    assert b"primitives.py" in cubin
+    assert machine_code(cubin.replace(b"primitives.py", b"elsewhere0.py")) == machine_code(cubin)
+    code = cubin.index(b"\0", len(cubin) // 3) + 64
+    changed = [cubin[:at] + bytes([cubin[at] ^ 1]) + cubin[at + 1 :] for at in range(code, len(cubin), len(cubin) // 7)]
+    assert any(machine_code(each) != machine_code(cubin) for each in changed)

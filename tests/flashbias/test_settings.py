@@ -16,7 +16,7 @@ import pytest
 import flashbias
 from autotune.errors import SettingsError
 from autotune.settings import Mode, Settings
-from flashbias.settings import CURE, current, read, reread, settings
+from flashbias.settings import CURE, REMEDY, current, read, reread, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +40,7 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     """With nothing set: tune, the XDG cache, 60 seconds, no waiting, every implementation, log level info."""
     found = read({"XDG_CACHE_HOME": str(tmp_path)})
-    assert found == Settings(cache_dir=tmp_path / "flashbias", cure=CURE)
+    assert found == Settings(cache_dir=tmp_path / "flashbias", cure=CURE, remedy=REMEDY)
     assert (found.mode, found.budget_seconds, found.wait_seconds, found.log) == (Mode.TUNE, 60.0, 0.0, "info")
 
 
@@ -56,7 +56,7 @@ def test_every_variable_reaches_its_setting(tmp_path: Path) -> None:
             "FLASHBIAS_LOG": "debug",
         }
     )
-    assert found == Settings(Mode.ASSERT, tmp_path, 12.5, 7.0, ("triton",), "debug", cure=CURE)
+    assert found == Settings(Mode.ASSERT, tmp_path, 12.5, 7.0, ("triton",), "debug", cure=CURE, remedy=REMEDY)
 
 
 def test_empty_variable_counts_as_unset() -> None:
@@ -82,6 +82,20 @@ def test_cache_folder_may_begin_with_a_tilde_and_becomes_absolute(monkeypatch: p
     assert read({"FLASHBIAS_CACHE_DIR": "here"}).cache_dir == Path.cwd() / "here"
 
 
+def test_home_of_nobody_costs_a_warning_not_a_call(caplog: pytest.LogCaptureFixture) -> None:
+    """A cache folder that cannot be named leaves the results in memory, with one warning that says so."""
+    assert read({"FLASHBIAS_CACHE_DIR": "~nobody-of-this-name/x"}).cache_dir is None
+    (message,) = caplog.messages
+    for part in ("FLASHBIAS_CACHE_DIR", "'~nobody-of-this-name/x'", "kept in memory"):
+        assert part in message
+
+
+def test_home_of_nobody_in_code_is_an_error_where_it_is_written() -> None:
+    """What a program passes can be mended by its author."""
+    with pytest.raises(SettingsError, match=r"cache_dir: expected a folder, got '~nobody-of-this-name/x'"):
+        settings(cache_dir="~nobody-of-this-name/x")
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
@@ -91,7 +105,6 @@ def test_cache_folder_may_begin_with_a_tilde_and_becomes_absolute(monkeypatch: p
         ("FLASHBIAS_BUDGET_SECONDS", "0", "above 0"),
         ("FLASHBIAS_WAIT_SECONDS", "-1", "0 or more"),
         ("FLASHBIAS_IMPLEMENTATIONS", "triton,tritton", "triton"),
-        ("FLASHBIAS_CACHE_DIR", "~nobody-of-this-name/x", "a folder"),
     ],
 )
 def test_wrong_value_names_the_variable_and_the_right_values(variable: str, value: str, expected: str) -> None:
@@ -199,6 +212,18 @@ def test_log_goes_to_stderr_when_the_application_has_no_logging() -> None:
     done = run(LOUD)
     assert done.stderr.strip() == "autotune.x: tuning now"
     assert done.stdout == ""
+
+
+def test_log_survives_a_stderr_that_is_closed_or_missing() -> None:
+    """Nobody hears a line written while there is no stderr; no line raises, and the next stderr is written to again."""
+    lines = [
+        "import io, logging, sys, flashbias.settings as s",
+        "s.current(); say = logging.getLogger('autotune.x').info",
+        "sys.stderr = io.StringIO(); say('elsewhere'); sys.stderr.close(); say('closed')",
+        "sys.stderr = None; say('missing')",
+        "sys.stderr = sys.__stderr__; say('heard')",
+    ]
+    assert run("\n".join(lines)).stderr.strip() == "autotune.x: heard"
 
 
 def test_quiet_log_shows_warnings_only() -> None:

@@ -107,3 +107,12 @@ def test_sizes_become_classes() -> None:
 def test_only_the_kernels_that_the_gradients_need_are_tuned(grads: tuple[str, ...], kernels: tuple[str, ...]) -> None:
     """Inference tunes one kernel; a query-side gradient two."""
     assert ATTENTION.kernels(problem(BASE.model_copy(update={"grads": grads}), describe(-1))) == kernels
+
+
+def test_a_long_masked_problem_is_timed_with_a_mask_that_fits_in_memory() -> None:
+    """The representative mask is a matrix for each head only while that is affordable, else one for all, else one row."""
+    from flashbias.kernels.cases import _mask_shape
+
+    assert _mask_shape(4, 4096, 4096) == (1, 4, 4096, 4096)
+    assert _mask_shape(16, 16384, 16384) == (1, 1, 16384, 16384)
+    assert _mask_shape(1, 131072, 131072) == (1, 1, 1, 131072)

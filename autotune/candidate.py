@@ -1,0 +1,49 @@
+"""One config on its way through a sweep, and what is known of it by then."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from cache_db.models import Config, Scalar, Trial, Verdict
+
+
+@dataclass
+class Candidate:
+    """One config on its way through the sweep: ``ready`` to run (compiled), then ``settled`` (judged or dropped)."""
+
+    config: Config
+    ready: bool = False
+    settled: bool = False
+    figures: dict[str, Scalar] = field(default_factory=dict)
+    trial: Trial | None = None
+
+    @property
+    def ms(self) -> float:
+        """Median milliseconds at the representative size, infinite while unknown."""
+        return float(self.figures.get("ms", math.inf))
+
+    @property
+    def safe(self) -> bool:
+        """Whether this candidate has passed the gate and has a time to be compared by."""
+        proven = self.trial is not None and self.trial.verdict is Verdict.SAFE and self.trial.level >= 2
+        return proven and self.ms < math.inf
+
+    def resume(self, trial: Trial) -> None:
+        """Takes over what ``trial`` found.
+
+        A time that cannot be one (an edited row, or one of another program's) is dropped, to be taken again.
+        """
+        self.trial = trial
+        self.figures = {name: value for name, value in trial.figures.items() if name != "ms" or _timed(value)}
+        self.settled = trial.verdict is not Verdict.SAFE or self.safe
+
+
+def told(trial: Trial) -> str:
+    """Returns the trial's verdict in words: what was too slow to be proven is not called safe."""
+    return "timed only" if trial.verdict is Verdict.SAFE and not trial.level else trial.verdict.value
+
+
+def _timed(value: Scalar) -> bool:
+    """Returns whether ``value`` can be a time in milliseconds."""
+    return isinstance(value, float) and 0.0 < value < math.inf
