@@ -202,7 +202,7 @@ def _check_rank(q_bias: Tensor) -> None:
 
 
 def _checked_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Returns a valid mask as its view of shape (B, H, Sq, Sk): broadcast dims have stride 0."""
+    """Returns a valid mask with four dims, broadcast ones of size 1: hooks that copy saved tensors copy no more than it."""
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if not isinstance(mask, Tensor):
         raise ArgumentError.explain("mask", expected=f"a tensor broadcastable to {shape}", got=_shown(mask))
@@ -229,7 +229,7 @@ def _checked_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
             got=_sizes(mask),
             cure="A padding mask (B, Sk) is passed as mask[:, None, None, :].",
         )
-    return mask.expand(shape)
+    return mask[(None,) * (4 - mask.dim())]
 
 
 def _scale(softmax_scale: object, q: Tensor) -> float:
