@@ -39,16 +39,17 @@ def padded(dim: int) -> int:
 
 
 def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
-    """Returns every config worth trying for any kernel, most promising first, before ``rejects`` is asked."""
+    """Returns every config worth trying for any kernel, before ``rejects`` is asked."""
     if device.interpreted:
         return [config(POINTERS, 32, 32, 4, 1), config(DESCRIPTORS, 32, 32, 4, 1), config(POINTERS, 16, 32, 4, 1)]
-    blocks = [(64, 64), (128, 64), (64, 128), (128, 128)]
+    # Large tiles take longest to compile: first in line, they do not keep one core busy when all others are done.
+    blocks = [(128, 128), (128, 64), (64, 128), (64, 64)]
     if problem.fields["occupancy"] == "<1" or int(problem.fields["head_dim"]) > 64:
         blocks += [(64, 32), (32, 64)]
     return [
         config(variant, block_m, block_n, num_warps, num_stages)
-        for variant, (block_m, block_n), num_warps, num_stages in product(
-            (DESCRIPTORS, POINTERS), blocks, (4, 8), (3, 2)
+        for (block_m, block_n), variant, num_warps, num_stages in product(
+            blocks, (DESCRIPTORS, POINTERS), (4, 8), (3, 2)
         )
         # 8 warps split a tile of 64 rows into halves that wgmma cannot use; they never won there.
         if num_warps == 4 or block_m * block_n >= 128 * 64
