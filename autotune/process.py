@@ -98,6 +98,8 @@ class Child:
         self._start_seconds = start_seconds
         self._state = threading.Lock()
         self._process: _Process | None = None
+        # Whose answer is awaited: after that one's death another thread may start a new process.
+        self._partner: _Process | None = None
         self._ready = False
         self._closed = False
 
@@ -127,13 +129,14 @@ class Child:
             except OSError:  # it died while idle: once more, to a fresh one
                 self._drop(process)
             else:
+                self._partner = process
                 return
         raise SandboxError(f"the {self._role} ends as soon as it has started")
 
     def receive(self, seconds: float) -> Message:
         """Returns the next message. Raises ChildDied when none comes within ``seconds`` or the child ends."""
-        process = self._process
-        if process is None:
+        process = self._partner
+        if self._process is None or process is None:
             raise ChildDied(Verdict.KILLED, "the sandbox was closed")
         try:
             return process.receive(seconds)
@@ -169,6 +172,7 @@ class Child:
         with self._state:
             process = self._running()
         if not self._ready:
+            self._partner = process
             try:
                 answer = self.receive(self._start_seconds)
             except ChildDied as death:

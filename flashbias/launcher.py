@@ -157,7 +157,7 @@ def backward(
         # Hooks on saved tensors (offloading) may give them back in other memory than they were taken from.
         read = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
         tensors = {name: plan.fit(tensor) for name, tensor in read.items()}
-        tensors |= {"lse": lse.contiguous(), **_extras(q_bias, k_bias, mask, sizes)}
+        tensors |= {"lse": _whole_rows(lse), **_extras(q_bias, k_bias, mask, sizes)}
         tensors["delta"] = torch.empty_like(tensors["lse"])
         tensors.update(_gradient_buffers(inputs, sizes, grads))
         for kernel in ("backward_dq", "backward_dkdv"):
@@ -188,6 +188,12 @@ def _has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None) -> bool
 def _unit_rows(tensor: Tensor) -> Tensor:
     """Returns the tensor itself if its last stride is 1, else a contiguous copy."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _whole_rows(lse: Tensor) -> Tensor:
+    """Returns contiguous, 16-byte aligned row values."""
+    lse = lse.contiguous()
+    return lse.clone() if lse.data_ptr() % 16 else lse
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

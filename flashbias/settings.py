@@ -229,6 +229,12 @@ def _set_levels(levels: Mapping[str, int]) -> None:
         logging.getLogger(name).setLevel(level)
 
 
+def _renew_lock() -> None:
+    """Makes a fresh lock: the one a forked child inherits may be held by a thread it does not have."""
+    global _lock  # noqa: PLW0603 - a process has one environment
+    _lock = threading.Lock()
+
+
 class _CallableModule(types.ModuleType):
     def __call__(self, **changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
         return settings(**changes)
@@ -245,4 +251,5 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
 _override: ContextVar[Settings | None] = ContextVar("flashbias_settings", default=None)
 _lock = threading.Lock()
 _read: Settings | None = None
+os.register_at_fork(after_in_child=_renew_lock)
 sys.modules[__name__].__class__ = _CallableModule

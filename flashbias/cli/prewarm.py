@@ -88,6 +88,9 @@ def _device(index: int | None) -> DeviceInfo:
         raise FlashBiasError(
             "no CUDA device found; run this where the GPU is, or set TRITON_INTERPRET=1 to try it on the CPU"
         )
+    count = torch.cuda.device_count()
+    if index is not None and not 0 <= index < count:
+        raise FlashBiasError(f"--device: expected 0 to {count - 1}, the CUDA devices seen here, got {index}")
     return describe(torch.cuda.current_device() if index is None else index)
 
 
