@@ -148,7 +148,6 @@ def backward(
     if not _has_kernels(q, k, v, q_bias):
         return eager.backward(*call)
     inputs = (q, k, v, q_bias, k_bias)
-    q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
     with _on(q.device):
         plan = plan or _plan(q, k, v, q_bias, mask, causal, grads, through_forward=True)
         if not plan.binaries:
@@ -250,7 +249,6 @@ def _plan(
     A backward decides nothing: autograd's threads see no settings. Its tensors are made to fit the plan's layout.
     """
     device = describe(q.get_device())
-    aligned = arguments.is_aligned(q) and arguments.is_aligned(k) and arguments.is_aligned(v)
     key = (
         device.index,
         q.dtype,
@@ -266,6 +264,7 @@ def _plan(
     )
     if through_forward:
         return _latest.get(key, _EAGER)
+    aligned = arguments.is_aligned(q) and arguments.is_aligned(k) and arguments.is_aligned(v)
     chosen = current()
     plan = _plans.get((key, aligned, chosen.identity))
     if plan is None:

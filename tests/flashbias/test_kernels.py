@@ -22,9 +22,9 @@ BASE = Shape(batch=1, nheads=2, seqlen_q=64, seqlen_k=64, headdim=16, rank=8, gr
 TILES = {space.POINTERS: (16, 32), space.DESCRIPTORS: (32, 16)}
 
 
-def run(found: Problem, case: Case, variant: str) -> tuple[Tensors, Tensors]:
+def run(found: Problem, case: Case, variant: str, **replaced: torch.Tensor) -> tuple[Tensors, Tensors]:
     """Runs all kernels of the problem on NaN-filled buffers; returns (inputs, outputs)."""
-    inputs = ATTENTION.inputs(found, case, 1, CPU)
+    inputs = ATTENTION.inputs(found, case, 1, CPU) | replaced
     outputs: Tensors = {}
     for kernel in ATTENTION.kernels(found):
         config = space.config(variant, *TILES[variant], 4, 1)
@@ -137,3 +137,20 @@ def test_one_unaligned_factor_has_both_copied_to_one_width() -> None:
     )
     assert found["q_factor"].shape[3] == found["k_factor"].shape[3] == 8
     assert all(arguments.is_aligned(factor) for factor in found.values())
+
+
+def test_alibi_is_right_but_for_dq_bias_which_is_as_accurate_as_the_ideal_kernels() -> None:
+    """Key positions are large next to their spread: without recentring no 16-bit kernel gets dq_bias better."""
+    found = problem(BASE.model_copy(update={"causal": True}), describe(-1))
+    case = sized(found, 48, 48)
+    position, slopes = torch.arange(48.0), torch.tensor([0.5, 0.0625])
+    rank = int(case.sizes["rank"])
+    q_bias, k_bias = torch.zeros(1, 48, 2, rank), torch.zeros(1, 48, 2, rank)
+    q_bias[..., 0], q_bias[..., 1] = slopes, -slopes * position[:, None]
+    k_bias[..., 0], k_bias[..., 1] = position[:, None], 1.0
+    inputs, outputs = run(found, case, space.POINTERS, q_bias=q_bias.half(), k_bias=k_bias.half())
+    dq_bias = outputs.pop("dq_bias").double()
+    judge(found, inputs, outputs)
+    truth = ATTENTION.oracle(found, inputs)["dq_bias"].value
+    ideal = ATTENTION.ideal(found, inputs)["dq_bias"].double()
+    assert (dq_bias - truth).norm() <= 1.1 * (ideal - truth).norm()
