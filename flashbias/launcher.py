@@ -29,6 +29,7 @@ from flashbias.kernels.problem import (
     MaskKind,
     Shape,
     bucket,
+    has_ones_column,
     occupancy,
     packed_rank,
     problem,
@@ -116,7 +117,7 @@ def planned_forward(
         if not plan.binaries:
             return *eager.forward(*call, grads), _EAGER
         sizes = _sizes(q, k, q_bias)
-        tensors = {"q": q, "k": k, "v": v, **_extras(q_bias, k_bias, mask, sizes)}
+        tensors = {"q": q, "k": k, "v": v, **_extras(q_bias, k_bias, mask, sizes, ones_column=False)}
         out = v.new_empty((sizes.batch, sizes.seqlen_q, sizes.nheads, v.shape[3]))
         lse = torch.empty((sizes.batch, sizes.nheads, sizes.seqlen_q), dtype=torch.float32, device=q.device)
         tensors.update(out=out, lse=lse)
@@ -156,7 +157,8 @@ def backward(
         # Hooks on saved tensors (offloading) may give them back in other memory than they were taken from.
         read = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
         tensors = {name: plan.fit(tensor) for name, tensor in read.items()}
-        tensors |= {"lse": _whole_rows(lse), **_extras(q_bias, k_bias, mask, sizes)}
+        ones_column = grads[3] and has_ones_column(sizes.rank, ("q_bias",))
+        tensors |= {"lse": _whole_rows(lse), **_extras(q_bias, k_bias, mask, sizes, ones_column=ones_column)}
         tensors["delta"] = torch.empty_like(tensors["lse"])
         tensors.update(_gradient_buffers(inputs, sizes, grads))
         for kernel in ("backward_dq", "backward_dkdv"):
@@ -206,11 +208,13 @@ def _sizes(q: Tensor, k: Tensor, q_bias: Tensor | None) -> Sizes:
     return Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], rank)
 
 
-def _extras(q_bias: Tensor | None, k_bias: Tensor | None, mask: Tensor | None, sizes: Sizes) -> dict[str, Tensor]:
-    """Returns packed factors and the expanded mask, as far as the call has them."""
+def _extras(
+    q_bias: Tensor | None, k_bias: Tensor | None, mask: Tensor | None, sizes: Sizes, *, ones_column: bool
+) -> dict[str, Tensor]:
+    """Returns factors as kernels read them and the expanded mask, as far as the call has them."""
     found: dict[str, Tensor] = {}
     if q_bias is not None and k_bias is not None:
-        found = arguments.factors(q_bias, k_bias, lambda _, factor: factor.new_empty(arguments.packed_shape(factor)))
+        found = arguments.factors(q_bias, k_bias, ones_column, lambda _, shape: q_bias.new_empty(shape))
     if mask is not None:
         found["mask"] = arguments.as_bytes(mask, sizes)
     return found
@@ -254,7 +258,9 @@ def _plan(
         q.dtype,
         q.shape[3],
         v.shape[3],
-        0 if q_bias is None else packed_rank(q_bias.shape[3]),
+        (0, False)
+        if q_bias is None
+        else (packed_rank(q_bias.shape[3]), packed_rank(q_bias.shape[3]) == q_bias.shape[3]),
         causal,
         None if mask is None else mask.dtype,
         grads,

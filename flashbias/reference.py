@@ -126,7 +126,8 @@ def backward(
             dscores = rounded(dscores.sub_(products.sum(-1, keepdim=True)).mul_(weights), round_to)
             call.add_products(sums, chunk, dscores)
             if recentre and sums.dq_bias is not None and k_bias is not None:
-                centre = weights @ call.keys(k_bias, chunk)
+                total = weights.sum(-1, keepdim=True)
+                centre = (weights @ call.keys(k_bias, chunk)).div_(total.masked_fill_(total == 0.0, 1.0))
                 add(chunk.of_rows(sums.dq_bias), centre.mul_(dscores.sum(-1, keepdim=True)), -1.0)
     return sums if round_to is None else call.like_inputs(sums)
 

@@ -7,6 +7,7 @@ what is launched.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,16 +16,18 @@ import torch
 import triton
 from torch import Tensor
 
-from autotune.device import DeviceInfo
+from autotune.device import DeviceInfo, describe
 from cache_db.models import Config, Problem
 from flashbias.kernels.backward_dkdv import backward_dkdv
 from flashbias.kernels.backward_dq import backward_dq
 from flashbias.kernels.binding import Binary, compile_binary, launch_binary
 from flashbias.kernels.forward import forward
+from flashbias.kernels.packing import pack
 from flashbias.kernels.problem import wanted
 from flashbias.kernels.space import DESCRIPTORS, padded
 
 _ALIGNMENT: Final = 16
+_PACKED_VALUES: Final = 4096
 _MASK_CODES: Final = {"none": 0, "bool": 1}
 _ADDITIVE: Final = 2
 # A kernel walks rows of queries, or, for dK and dV, rows of keys.
@@ -63,29 +66,70 @@ def needs_packing(factor: Tensor) -> bool:
     return factor.shape[3] % 8 != 0 or not is_aligned(factor)
 
 
-def packed_shape(factor: Tensor) -> tuple[int, ...]:
-    """Returns the shape of the copy: columns rounded up to whole 16-byte steps of 8."""
-    return (*factor.shape[:3], -(-factor.shape[3] // 8) * 8)
+def factors(
+    q_bias: Tensor, k_bias: Tensor, ones_column: bool, room: Callable[[str, tuple[int, ...]], Tensor]
+) -> dict[str, Tensor]:
+    """Returns both factors as kernels read them: themselves, or copies in what ``room(name, shape)`` gives.
 
-
-def factors(q_bias: Tensor, k_bias: Tensor, room: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-    """Returns both factors as kernels read them: themselves, or copies in what ``room(name, factor)`` gives.
-
-    Kernels read the same number of columns from both, so both are copied if either must be.
+    Kernels read the same number of columns from both, so both are copied if either must be. ``ones_column`` asks
+    for copies in which the first column after k_bias's own is 1 (and that of q_bias 0).
     """
     named = {"q_factor": q_bias, "k_factor": k_bias}
-    if not any(map(needs_packing, named.values())):
+    if not ones_column and not any(map(needs_packing, named.values())):
         return named
-    return {name: pack(factor, room(name, factor)) for name, factor in named.items()}
-
-
-def pack(factor: Tensor, packed: Tensor) -> Tensor:
-    """Copies (B, S, H, R) ``factor`` into the first R columns of contiguous ``packed``, zeros after."""
-    rank = factor.shape[3]
-    packed[..., :rank].copy_(factor)
-    if rank < packed.shape[3]:
-        packed[..., rank:].zero_()
+    columns = packed_columns(q_bias.shape[3], ones_column)
+    packed = {name: room(name, (*factor.shape[:3], columns)) for name, factor in named.items()}
+    _pack(q_bias, k_bias, packed, columns, ones_column)
     return packed
+
+
+def packed_columns(rank: int, ones_column: bool) -> int:
+    """Returns the columns of a packed factor, whole 16-byte steps of 8."""
+    return -(-(rank + ones_column) // 8) * 8
+
+
+def _pack(q_bias: Tensor, k_bias: Tensor, packed: Mapping[str, Tensor], columns: int, ones_column: bool) -> None:
+    """Copies both factors into ``packed``, in one launch."""
+    binary = _packing_binary(q_bias.get_device(), str(q_bias.dtype).removeprefix("torch."), columns, ones_column)
+    rows = [math.prod(factor.shape[:3]) for factor in (q_bias, k_bias)]
+    arguments = {
+        "q_bias_ptr": q_bias,
+        "k_bias_ptr": k_bias,
+        "q_factor_ptr": packed["q_factor"],
+        "k_factor_ptr": packed["k_factor"],
+        "q_bias_strides": q_bias.stride(),
+        "k_bias_strides": k_bias.stride(),
+        "q_rows": rows[0],
+        "k_rows": rows[1],
+        "q_nheads": q_bias.shape[2],
+        "k_nheads": k_bias.shape[2],
+        "seqlen_q": q_bias.shape[1],
+        "seqlen_k": k_bias.shape[1],
+        "rank": q_bias.shape[3],
+    }
+    block = binary.constants["BLOCK_ROWS"]
+    launch_binary(binary, sum(-(-count // block) for count in rows), arguments)
+
+
+@functools.cache
+def _packing_binary(device_index: int, dtype: str, columns: int, ones_column: bool) -> Binary:
+    """Returns the packing kernel for one device; it is not tuned, and the gate runs it with every kernel it proves."""
+    block_columns = 1 << (columns - 1).bit_length()
+    constants = {
+        "ONES_COLUMN": ones_column,
+        "COLUMNS": columns,
+        "BLOCK_ROWS": max(1, _PACKED_VALUES // block_columns),
+        "BLOCK_COLUMNS": block_columns,
+    }
+    return compile_binary(
+        pack,
+        dtype=dtype,
+        mask="none",
+        aligned=False,
+        constants=constants,
+        options={"num_warps": 4, "num_stages": 1},
+        capability=describe(device_index).capability,
+    ).load()
 
 
 @functools.cache
@@ -97,7 +141,7 @@ def _settle_cache_keys() -> None:
     compiled again in the next: 1 to 2 s for each backward config.
     """
     if not triton.knobs.runtime.interpret:
-        for function in FUNCTIONS.values():
+        for function in (*FUNCTIONS.values(), pack):
             _ = function.cache_key
 
 
@@ -118,6 +162,7 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
         "WANT_DV": "v" in gradients,
         "WANT_DQ_BIAS": "q_bias" in gradients,
         "WANT_DK_BIAS": "k_bias" in gradients,
+        "ONES_COLUMN": fields["ones_column"],
         "DESCRIPTORS": config.variant == DESCRIPTORS,
         "BLOCK_M": params["BLOCK_M"],
         "BLOCK_N": params["BLOCK_N"],
@@ -184,9 +229,10 @@ def as_bytes(mask: Tensor, sizes: Sizes) -> Tensor:
 HOST_FUNCTIONS: Final[tuple[Any, ...]] = (
     is_aligned,
     needs_packing,
-    packed_shape,
     factors,
-    pack,
+    packed_columns,
+    _pack,
+    _packing_binary,
     compile_kernel,
     launch_kernel,
     _strides,

@@ -96,7 +96,7 @@ def accumulate_dkdv(
             EDGE,
         )
         lse = blind_rows_high(load_row_values(lse_base, start, seqlen_q, -float("inf"), BLOCK_M))
-        p = exp_difference(s, lse[None, :])
+        p = exp_difference(s, lse[None, :], MASK)
         # dout: (BLOCK_M, BLOCK_DV)
         dout = load_tile(
             dout_source,

@@ -1,6 +1,11 @@
 """The first backward pass: delta, dQ and dQ_bias, walking the keys of one query tile.
 
 There are two passes and no atomics in either, so gradients are bitwise repeatable.
+
+dQ_bias is recentred. Rows of dS sum to zero, so dQ_bias_i = Σ_j dS_ij k_bias_j = Σ_j dS_ij (k_bias_j - c_i) for any c_i.
+The rounding of dS and of delta spoils the first form where k_bias is large next to its spread within the row, as
+ALiBi's key positions are; with c_i = Σ_j P_ij k_bias_j the second does not notice. Both sums over P and dS rounded,
+Σ P and Σ dS, are needed for it: a column of ones in the packed k_factor gives them in the same products.
 """
 
 import triton
@@ -20,6 +25,9 @@ from flashbias.kernels.primitives import (
     store_tile,
     tile_source,
 )
+
+# A product of fewer columns does not exist.
+SUM_COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
@@ -52,14 +60,15 @@ def accumulate_dq(
     MASK: tl.constexpr,
     WANT_DQ: tl.constexpr,
     WANT_DQ_BIAS: tl.constexpr,
+    ONES_COLUMN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Adds the share of key tiles ``first`` … ``last`` to gradients = (dQ, dQ_bias)."""
-    dq, dq_factor = gradients
+    """Adds the share of key tiles ``first`` … ``last`` to gradients = (dQ, dS k_factor, P k_factor, Σ dS, Σ P)."""
+    dq, ds_factor, p_factor, ds_sum, p_sum = gradients
     for start in tl.range(first, last, BLOCK_N):
         # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), k_factor: (BLOCK_N, RANK)
         k = load_tile(
@@ -93,7 +102,7 @@ def accumulate_dq(
             CAUSAL,
             EDGE,
         )
-        p = exp_difference(s, lse[:, None])
+        p = exp_difference(s, lse[:, None], MASK)
         v = load_tile(
             v_source,
             start,
@@ -111,8 +120,33 @@ def accumulate_dq(
         if WANT_DQ:
             dq = dot(ds, k, dq)
         if WANT_DQ_BIAS:
-            dq_factor = dot(ds, k_factor, dq_factor)
-    return dq, dq_factor
+            p = narrow(p, k_factor.dtype)
+            ds_factor = dot(ds, k_factor, ds_factor)
+            p_factor = dot(p, k_factor, p_factor)
+            if not ONES_COLUMN:
+                ones = narrow(tl.full([BLOCK_N, SUM_COLUMNS], 1.0, tl.float32), k_factor.dtype)
+                ds_sum = dot(ds, ones, ds_sum)
+                p_sum = dot(p, ones, p_sum)
+    return dq, ds_factor, p_factor, ds_sum, p_sum
+
+
+@triton.jit
+def recentred(ds_factor, p_factor, ds_sum, p_sum, rank, ONES_COLUMN: tl.constexpr):
+    """Returns Σ_j dS_ij (k_factor_j - c_i) where c_i = Σ_j P_ij k_factor_j / Σ_j P_ij; 0 in a row without a key.
+
+    The sums over P and dS are in column ``rank`` of the products, or in every column of ``ds_sum`` and ``p_sum``.
+    """
+    if ONES_COLUMN:
+        ones = (tl.arange(0, ds_factor.shape[1]) == rank)[None, :]
+        ds_sum = tl.where(ones, ds_factor, 0.0)
+        p_sum = tl.where(ones, p_factor, 0.0)
+    else:
+        first = (tl.arange(0, SUM_COLUMNS) == 0)[None, :]
+        ds_sum = tl.where(first, ds_sum, 0.0)
+        p_sum = tl.where(first, p_sum, 0.0)
+    total = tl.sum(p_sum, 1)
+    share = tl.sum(ds_sum, 1) / tl.where(total > 0.0, total, 1.0)
+    return ds_factor - share[:, None] * p_factor
 
 
 @triton.jit
@@ -152,6 +186,7 @@ def backward_dq(
     MASK: tl.constexpr,
     WANT_DQ: tl.constexpr,
     WANT_DQ_BIAS: tl.constexpr,
+    ONES_COLUMN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,7 +224,10 @@ def backward_dq(
         )
         q_factor = q
         k_factor_source = k_source
-        dq_factor = tl.zeros([BLOCK_M, 1], tl.float32)
+        ds_factor = tl.zeros([BLOCK_M, RANK if RANK > 0 else 1], tl.float32)
+        p_factor = ds_factor
+        ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+        p_sum = ds_sum
         if RANK > 0:
             q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
             k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head * k_factor_strides[2]
@@ -199,7 +237,6 @@ def backward_dq(
             q_factor = load_tile(
                 q_factor_base, start_q, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, False, False, True
             )
-            dq_factor = tl.zeros([BLOCK_M, RANK], tl.float32)
         lse = blind_rows_high(load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M))
 
         end = seqlen_k
@@ -211,8 +248,8 @@ def backward_dq(
         for EDGE in tl.static_range(2):
             first = edge if EDGE else 0
             last = end if EDGE else edge
-            dq, dq_factor = accumulate_dq(
-                (dq, dq_factor),
+            dq, ds_factor, p_factor, ds_sum, p_sum = accumulate_dq(
+                (dq, ds_factor, p_factor, ds_sum, p_sum),
                 q,
                 q_factor,
                 dout,
@@ -240,6 +277,7 @@ def backward_dq(
                 MASK,
                 WANT_DQ,
                 WANT_DQ_BIAS,
+                ONES_COLUMN,
                 DESCRIPTORS,
                 BLOCK_N,
                 BLOCK_D,
@@ -251,4 +289,5 @@ def backward_dq(
             store_tile(dq_base, dq * scale, start_q, dq_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D)
         if WANT_DQ_BIAS:
             dq_bias_base = dq_bias_ptr + batch * dq_bias_strides[0] + head * dq_bias_strides[2]
+            dq_factor = recentred(ds_factor, p_factor, ds_sum, p_sum, rank, ONES_COLUMN)
             store_factor_gradient(dq_bias_base, dq_factor, start_q, dq_bias_strides[1], seqlen_q, rank, BLOCK_M, RANK)

@@ -29,10 +29,16 @@ _SCALARS = {
     "seqlen_k": "i32",
     "factor_columns": "i32",
     "rank": "i32",
+    "q_nheads": "i32",
+    "k_nheads": "i32",
+    "q_rows": "i64",
+    "k_rows": "i64",
     "scale": "fp32",
 }
 _ELEMENT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "bool": "u8", "none": "u8"}
 _NO_BITS: Final = 8  # ELF's section type for memory that the file does not hold
+# These are read through all four strides; of the others the last is 1.
+_ANY_STRIDES = frozenset({"mask_strides", "q_bias_strides", "k_bias_strides"})
 _FP32_POINTERS = frozenset({"lse_ptr", "delta_ptr", "dq_bias_ptr", "dk_bias_ptr"})
 # Row values and factor gradients have rows of any length, masks any strides: neither is promised to be aligned.
 _UNALIGNED = frozenset({"mask_ptr", "mask_strides", "dq_bias_strides", "dk_bias_strides"})
@@ -65,7 +71,7 @@ def signature_of(function: Any, dtype: str, mask: str) -> dict[str, Any]:
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name in _FP32_POINTERS else "*" + _ELEMENT[dtype]
         elif name.endswith("_strides"):
-            signature[name] = ("i64",) * (4 if name == "mask_strides" else 3)
+            signature[name] = ("i64",) * (4 if name in _ANY_STRIDES else 3)
         else:
             signature[name] = _SCALARS.get(name, "constexpr")
     return signature

@@ -21,6 +21,7 @@ from torch import Tensor
 from autotune.device import DeviceInfo
 from autotune.spec import Case, Tensors
 from cache_db.models import Problem, Scalar
+from flashbias.kernels.problem import wanted
 
 # Query tiles of 128 rows per multiprocessor that stand for each occupancy class.
 _TILES: Final = {"<1": 0.5, "1-4": 2.0, ">4": 8.0}
@@ -47,6 +48,7 @@ def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
         return [
             _case("ragged", problem, 1, 2, _INTERPRETED_ROWS, _INTERPRETED_ROWS + 9),
             _case("large logits", problem, 1, 1, 17, 33, logit=200.0),
+            _case("positions", problem, 1, 2, 33, 40, positions=True),
         ]
     return [
         _case("ragged", problem, 2, 3, 203, 331),
@@ -58,6 +60,7 @@ def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
         _case("large logits", problem, 1, 4, 300, 301, logit=200.0),
         _case("shared factors", problem, 2, 4, 257, 255, shared=True),
         _case("negative bias", problem, 1, 4, 300, 333, bias=-60.0),
+        _case("positions", problem, 2, 4, 256, 240, positions=True),
     ]
 
 
@@ -80,19 +83,24 @@ def _case(
     logit: float = 0.0,
     bias: float = 0.0,
     shared: bool = False,
+    positions: bool = False,
 ) -> Case:
     width = int(problem.fields["rank_dim"])
+    # Below the packed width, so that padding columns are seen; above half of it, so is the next smaller width.
+    rank = width * 5 // 8 if name in ("ragged", "long") else width // 2
+    if "q_bias" in wanted(problem) and not problem.fields["ones_column"]:
+        rank = width
     sizes: dict[str, Scalar] = {
         "batch": batch,
         "nheads": nheads,
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
-        # Below the packed width, so that padding columns are seen; above half of it, so is the next smaller width.
-        "rank": width * 5 // 8 if name in ("ragged", "long") else width // 2,
+        "rank": rank,
         "factor_batch": 1 if shared else batch,
         "factor_nheads": 1 if shared else nheads,
         "logit": logit,
         "bias": bias,
+        "positions": positions,
     }
     return Case(name, sizes)
 
@@ -126,6 +134,8 @@ def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Ten
         found["q_bias"] = normal(factor_batch, seqlen_q, factor_nheads, rank, factor=0.5 * rank**-0.25)
         found["k_bias"] = normal(factor_batch, seqlen_k, factor_nheads, rank, factor=rank**-0.25)
         _shift_rows(found["q_bias"], found["k_bias"], float(case.sizes["bias"]))
+        if case.sizes["positions"]:
+            _add_positions(found["q_bias"], found["k_bias"])
     # Even rows far above zero, odd rows far below it.
     _shift_rows(found["q"][:, ::2], found["k"], float(case.sizes["logit"]) * head_dim**0.5)
     _shift_rows(found["q"][:, 1::2], found["k"], -float(case.sizes["logit"]) * head_dim**0.5)
@@ -151,6 +161,16 @@ def _shift_rows(rows: Tensor, columns: Tensor, shift: float) -> None:
     if shift and inner:
         rows[..., :inner] = (rows[..., :inner] / rows[..., :inner].std() + 1.0) * (shift / inner)
         columns[..., :inner] = 1.0
+
+
+def _add_positions(q_bias: Tensor, k_bias: Tensor) -> None:
+    """Makes the first columns ALiBi's: a slope for each head, times the key's position.
+
+    Positions are large next to their spread among the keys that a row sees, and exact in 8 bits up to 256 keys.
+    """
+    slopes = torch.logspace(-3, -6, q_bias.shape[2], base=2.0, device=q_bias.device)
+    q_bias[..., 0] = slopes
+    k_bias[..., 0] = torch.arange(k_bias.shape[1], device=k_bias.device)[:, None]
 
 
 def _mask(kind: str, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:

@@ -83,7 +83,7 @@ def attend(
             CAUSAL,
             EDGE,
         )
-        p, correction, row_max, row_sum = softmax_step(s, row_max, row_sum)
+        p, correction, row_max, row_sum = softmax_step(s, row_max, row_sum, MASK)
         # v: (BLOCK_N, BLOCK_DV)
         v = load_tile(
             v_source,

@@ -198,25 +198,29 @@ def masked(
 
 
 @triton.jit
-def exp_difference(a, b):
-    """Returns exp(a - b), the difference taken first.
+def exp_difference(a, b, MASK: tl.constexpr):
+    """Returns exp(a - b) of scores ``a`` and a row value ``b`` that broadcasts to them.
 
-    a·log2(e) - b·log2(e) would be one multiply-add, but where a and b are -1e9, as in a row that a mask has
-    pushed down as a whole, rounding b·log2(e) is off by up to 64 in the exponent, and at -3e38 it overflows.
+    a·log2(e) - b·log2(e) is one multiply-add, and right to a few fp32 ulp of b. An additive mask may push a whole
+    row down to -1e9, where an ulp of b·log2(e) is 128, or to -3e38, where it overflows: there the difference is
+    taken first.
     """
-    return tl.exp2((a - b) * LOG2E)
+    if MASK == MASK_ADDITIVE:
+        return tl.exp2((a - b) * LOG2E)
+    else:
+        return tl.exp2(tl.fma(a, LOG2E, -(b * LOG2E)))
 
 
 @triton.jit
-def softmax_step(s, row_max, row_sum):
+def softmax_step(s, row_max, row_sum, MASK: tl.constexpr):
     """Returns (p, correction, new maximum, new sum) of the online softmax, in nats.
 
     A row that has seen no key gives p = 0.
     """
     new_max = tl.maximum(row_max, tl.max(s, 1))
     anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
-    p = exp_difference(s, anchor[:, None])
-    correction = exp_difference(row_max, anchor)
+    p = exp_difference(s, anchor[:, None], MASK)
+    correction = exp_difference(row_max, anchor, MASK)
     return p, correction, new_max, row_sum * correction + tl.sum(p, 1)
 
 

@@ -6,6 +6,7 @@ the number of 128-row query tiles per multiprocessor, so that one tuned problem 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,6 +56,14 @@ def packed_rank(rank: int) -> int:
     return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
 
 
+def has_ones_column(rank: int, grads: Collection[str]) -> bool:
+    """Returns whether the backward's packed k_factor has a column of ones, which recentres dq_bias for free.
+
+    A rank that fills its packed width leaves no column for it, and costs two small products more.
+    """
+    return "q_bias" in grads and 0 < rank < packed_rank(rank)
+
+
 def bucket(seqlen: int) -> int:
     """Returns the length's bucket: the next power of two, at least 128."""
     return max(128, 1 << (seqlen - 1).bit_length())
@@ -88,6 +97,7 @@ def problem(shape: Shape, device: DeviceInfo) -> Problem:
             "head_dim": shape.headdim,
             "value_dim": value_dim,
             "rank_dim": packed_rank(shape.rank),
+            "ones_column": has_ones_column(shape.rank, shape.grads),
             "causal": shape.causal,
             "mask": shape.mask,
             "gqa_group": 1,

@@ -23,6 +23,7 @@ from flashbias import reference
 from flashbias.kernels import arguments, cases, space
 from flashbias.kernels.arguments import Sizes
 from flashbias.kernels.binding import Binary
+from flashbias.kernels.packing import pack
 from flashbias.kernels.problem import SOFT_FIELDS, wanted
 
 _Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool, float]
@@ -33,7 +34,7 @@ _KEY_GRADIENTS: Final = ("k", "v", "k_bias")
 @functools.cache
 def source() -> str:
     """Returns the hash of everything that decides what the kernels compute."""
-    return source_hash([*arguments.FUNCTIONS.values(), *arguments.HOST_FUNCTIONS])
+    return source_hash([*arguments.FUNCTIONS.values(), pack, *arguments.HOST_FUNCTIONS])
 
 
 def sizes_of(inputs: Tensors) -> Sizes:
@@ -106,10 +107,10 @@ class AttentionSpec:
 
     def scratch(self, kernel: str, problem: Problem, config: Config, case: Case) -> dict[str, TensorSpec]:
         """Returns room for the packed factors."""
-        del kernel, config
+        del config
         if not problem.fields["rank_dim"]:
             return {}
-        width = -(-int(case.sizes["rank"]) // 8) * 8
+        width = arguments.packed_columns(int(case.sizes["rank"]), _ones_column(kernel, problem))
         batch, nheads = int(case.sizes["factor_batch"]), int(case.sizes["factor_nheads"])
         dtype = getattr(torch, str(problem.fields["dtype"]))
         return {
@@ -141,7 +142,8 @@ class AttentionSpec:
         sizes = sizes_of(inputs)
         tensors = {**inputs, **outputs}
         if scratch:
-            tensors |= arguments.factors(inputs["q_bias"], inputs["k_bias"], lambda name, _: scratch[name])
+            ones_column = _ones_column(kernel, problem)
+            tensors |= arguments.factors(inputs["q_bias"], inputs["k_bias"], ones_column, lambda name, _: scratch[name])
         if "mask" in inputs:
             tensors["mask"] = arguments.as_bytes(inputs["mask"], sizes)
         arguments.launch_kernel(kernel, compiled, tensors, sizes, softmax_scale(problem))
@@ -163,7 +165,9 @@ class AttentionSpec:
         call, dout = _call(problem, inputs), inputs["dout"]
         dtype = inputs["q"].dtype
         out, lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
-        gradients = reference.backward(dout, *call, out, lse, compute_dtype=torch.float32, round_to=dtype)
+        gradients = reference.backward(
+            dout, *call, out, lse, compute_dtype=torch.float32, round_to=dtype, recentre=True
+        )
         found = {"out": out, "lse": lse, "delta": _delta(out.float(), dout.float())}
         found.update({name: value for name, value in gradients._asdict().items() if value is not None})
         return found
@@ -178,6 +182,11 @@ class AttentionSpec:
         """Returns the inputs' dtype."""
         dtype: torch.dtype = getattr(torch, str(problem.fields["dtype"]))
         return dtype
+
+
+def _ones_column(kernel: str, problem: Problem) -> bool:
+    """Returns whether ``kernel`` is given a k_factor with a column of ones: both backward passes share one copy."""
+    return kernel != "forward" and bool(problem.fields["ones_column"])
 
 
 def _delta(out: Tensor, dout: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -115,13 +116,17 @@ def test_a_row_without_a_key_gives_zero_and_minus_infinity() -> None:
     assert (outputs["dq"][:, ::7] == 0).all()
 
 
+def room(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns memory nobody has written."""
+    assert name in ("q_factor", "k_factor")
+    return torch.full(shape, torch.nan, dtype=torch.float16)
+
+
 @pytest.mark.parametrize("rank", [1, 5, 8, 12, 16, 128])
 def test_factors_are_copied_only_when_their_rows_are_not_whole_16_byte_steps(rank: int) -> None:
     """Ranks that are multiples of 8 are read in place; others are padded with zeros to the next one."""
     q_bias, k_bias = torch.randn(1, 7, 2, rank).half(), torch.randn(1, 9, 1, rank).half()
-    found = arguments.factors(
-        q_bias, k_bias, lambda _, factor: factor.new_full(arguments.packed_shape(factor), torch.nan)
-    )
+    found = arguments.factors(q_bias, k_bias, False, room)
     for name, factor in (("q_factor", q_bias), ("k_factor", k_bias)):
         assert (found[name] is factor) == (rank % 8 == 0)
         assert torch.equal(found[name][..., :rank], factor)
@@ -129,28 +134,42 @@ def test_factors_are_copied_only_when_their_rows_are_not_whole_16_byte_steps(ran
         assert found[name].shape[3] % 8 == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 7, 8, 12, 60])
+def test_a_column_of_ones_is_packed_behind_k_bias_and_zeros_behind_q_bias(rank: int, dtype: torch.dtype) -> None:
+    """Any strides, batches and heads are packed, more rows than one program copies."""
+    q_bias = torch.randn(3, 2, rank, 300).to(dtype).permute(0, 3, 1, 2)
+    k_bias = torch.randn(1, 9, 4, rank).to(dtype)[:, :, ::2]
+    found = arguments.factors(q_bias, k_bias, True, lambda name, shape: room(name, shape).to(dtype))
+    assert torch.equal(found["q_factor"][..., :rank], q_bias)
+    assert torch.equal(found["k_factor"][..., :rank], k_bias)
+    assert (found["k_factor"][..., rank] == 1).all()
+    assert (found["q_factor"][..., rank:] == 0).all()
+    assert (found["k_factor"][..., rank + 1 :] == 0).all()
+
+
 def test_one_unaligned_factor_has_both_copied_to_one_width() -> None:
     """Kernels read as many columns from k_bias as from q_bias."""
     shifted = torch.randn(1, 7, 2, 9).half()[..., 1:]
-    found = arguments.factors(
-        shifted, torch.randn(1, 7, 2, 8).half(), lambda _, factor: factor.new_empty(arguments.packed_shape(factor))
-    )
+    found = arguments.factors(shifted, torch.randn(1, 7, 2, 8).half(), False, room)
     assert found["q_factor"].shape[3] == found["k_factor"].shape[3] == 8
     assert all(arguments.is_aligned(factor) for factor in found.values())
 
 
-def test_alibi_is_right_but_for_dq_bias_which_is_as_accurate_as_the_ideal_kernels() -> None:
-    """Key positions are large next to their spread: without recentring no 16-bit kernel gets dq_bias better."""
-    found = problem(BASE.model_copy(update={"causal": True}), describe(-1))
-    case = sized(found, 48, 48)
-    position, slopes = torch.arange(48.0), torch.tensor([0.5, 0.0625])
-    rank = int(case.sizes["rank"])
-    q_bias, k_bias = torch.zeros(1, 48, 2, rank), torch.zeros(1, 48, 2, rank)
+@pytest.mark.parametrize("rank", [2, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_alibi_has_accurate_gradients(dtype: torch.dtype, rank: int) -> None:
+    """Key positions are large next to their spread in a row: dq_bias is recentred and within the gate's ceiling."""
+    changes = {"causal": True, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
+    found = problem(BASE.model_copy(update=changes), describe(-1))
+    case = sized(found, 72, 72)
+    case = replace(case, sizes={**case.sizes, "rank": rank})
+    position, slopes = torch.arange(72.0), torch.tensor([0.25, 0.0625])
+    q_bias, k_bias = torch.zeros(1, 72, 2, rank), torch.zeros(1, 72, 2, rank)
     q_bias[..., 0], q_bias[..., 1] = slopes, -slopes * position[:, None]
     k_bias[..., 0], k_bias[..., 1] = position[:, None], 1.0
-    inputs, outputs = run(found, case, space.POINTERS, q_bias=q_bias.half(), k_bias=k_bias.half())
-    dq_bias = outputs.pop("dq_bias").double()
+    inputs, outputs = run(found, case, space.POINTERS, q_bias=q_bias.to(dtype), k_bias=k_bias.to(dtype))
     judge(found, inputs, outputs)
-    truth = ATTENTION.oracle(found, inputs)["dq_bias"].value
-    ideal = ATTENTION.ideal(found, inputs)["dq_bias"].double()
-    assert (dq_bias - truth).norm() <= 1.1 * (ideal - truth).norm()
+    truth = ATTENTION.oracle(found, inputs)["dq_bias"].value[..., 0]
+    off = (outputs["dq_bias"][..., 0] - truth).norm() / truth.norm()
+    assert off <= (2e-3 if dtype == torch.float16 else 1e-2)

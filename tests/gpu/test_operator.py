@@ -76,7 +76,9 @@ def assert_right(tensors: list[Tensor], out: Tensor, mask: Tensor | None = None,
     sizes = reference.magnitudes(dout, *call, truth, lse, compute_dtype=torch.float64)
     dtype = out.dtype
     ideal_out, ideal_lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
-    ideal = reference.backward(dout, *call, ideal_out, ideal_lse, compute_dtype=torch.float32, round_to=dtype)
+    ideal = reference.backward(
+        dout, *call, ideal_out, ideal_lse, compute_dtype=torch.float32, round_to=dtype, recentre=True
+    )
     found = [out, *(tensor.grad for tensor in tensors[:5])]
     names = ("out", *(f"d{name}" for name in GRADIENTS))
     for name, value, right, best, size in zip(names, found, (truth, *exact), (ideal_out, *ideal), sizes, strict=True):
@@ -118,6 +120,35 @@ def test_tuned_results_are_right_and_bitwise_repeatable() -> None:
         for one, other in zip(first, (again, *gradients), strict=True):
             differing += one.ne(other).sum()
     assert int(differing) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [2, 16])
+def test_alibi_is_right_with_all_gradients(dtype: torch.dtype, rank: int) -> None:
+    """Factors that hold positions up to 1,024 beside a spread of a few keep their gradients, also without a spare column."""
+    seqlen, nheads = 1024, 8
+    tensors = make(1, nheads, seqlen, seqlen, 32, rank, dtype)
+    position = torch.arange(seqlen, device=CUDA, dtype=torch.float32)[:, None]
+    slopes = torch.logspace(-1, -8, nheads, base=2.0, device=CUDA)
+    with torch.no_grad():
+        tensors[3][..., 0], tensors[3][..., 1] = slopes, -slopes * position
+        tensors[4][..., 0], tensors[4][..., 1] = position, 1.0
+    out = flash_bias_func(*tensors[:5], causal=True)
+    out.backward(tensors[5])
+    assert_right(tensors, out, causal=True)
+    truth = reference.backward(
+        tensors[5],
+        *tensors[:5],
+        None,
+        True,
+        32**-0.5,
+        *reference.forward(*tensors[:5], None, True, 32**-0.5, compute_dtype=torch.float64),
+        compute_dtype=torch.float64,
+    )
+    assert truth.dq_bias is not None
+    assert tensors[3].grad is not None
+    off = (tensors[3].grad.double() - truth.dq_bias)[..., 0].norm() / truth.dq_bias[..., 0].norm()
+    assert off <= (2e-3 if dtype == torch.float16 else 1e-2)
 
 
 def test_a_second_process_sweeps_nothing_writes_nothing_and_gives_the_same_bits(tmp_path: Path) -> None:
