@@ -42,11 +42,10 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
     """Returns every config worth trying for any kernel, before ``rejects`` is asked."""
     if device.interpreted:
         return [config(POINTERS, 32, 32, 4, 1), config(DESCRIPTORS, 32, 32, 4, 1), config(POINTERS, 16, 32, 4, 1)]
-    # Large tiles take longest to compile: first in line, they do not keep one core busy when all others are done.
     blocks = [(128, 128), (128, 64), (64, 128), (64, 64)]
     if problem.fields["occupancy"] == "<1" or int(problem.fields["head_dim"]) > 64:
         blocks += [(64, 32), (32, 64)]
-    return [
+    found = [
         config(variant, block_m, block_n, num_warps, num_stages)
         for (block_m, block_n), variant, num_warps, num_stages in product(
             blocks, (DESCRIPTORS, POINTERS), (4, 8), (3, 2)
@@ -54,6 +53,8 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
         # 8 warps split a tile of 64 rows into halves that wgmma cannot use; they never won there.
         if num_warps == 4 or block_m * block_n >= 128 * 64
     ]
+    # Large tiles of few warps take longest to compile: first in line, they do not keep one core busy at the end.
+    return sorted(found, key=lambda each: -_scores_per_warp(each))
 
 
 def default(kernel: str, problem: Problem, device: DeviceInfo) -> Config:
@@ -97,6 +98,10 @@ def _descriptor_reason(problem: Problem, device: DeviceInfo) -> str | None:
     if not device.interpreted and device.capability < (9, 0):
         return "descriptors need compute capability 9.0"
     return None
+
+
+def _scores_per_warp(candidate: Config) -> int:
+    return int(candidate.params["BLOCK_M"]) * int(candidate.params["BLOCK_N"]) // int(candidate.params["num_warps"])
 
 
 def _values_per_thread(kernel: str, candidate: Config, problem: Problem) -> int:
