@@ -122,8 +122,7 @@ def test_tuned_results_are_right_and_bitwise_repeatable() -> None:
     assert int(differing) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rank", [2, 16])
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float16, 2), (torch.bfloat16, 16)])
 def test_alibi_is_right_with_all_gradients(dtype: torch.dtype, rank: int) -> None:
     """Factors that hold positions up to 1,024 beside a spread of a few keep their gradients, also without a spare column."""
     seqlen, nheads = 1024, 8
