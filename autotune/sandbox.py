@@ -28,12 +28,15 @@ Item = tuple[str, Config]
 
 @dataclass(frozen=True)
 class Limits:
-    """How long one compile, one trial (from launch to verdict) and the start of a child may take, and how many compile at once."""
+    """How long one compile, one trial (from launch to verdict) and the start of a child may take, and how many compile at once.
+
+    Half as many again as there are cores: the last compiles then share all cores instead of leaving some idle.
+    """
 
     compile_seconds: float = 60
     trial_seconds: float = 30
     start_seconds: float = 120
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)) * 3 // 2)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ def softmax_kernel(x_ptr, y_ptr, lse_ptr, scratch_ptr, rows, columns, tick, BLOC
     if FAULT == 2:
         source = (row + rows // 2) % rows
     offsets = tl.arange(0, BLOCK)
-    mask = (offsets < columns) & (source < rows)
+    # A scalar condition beside a tensor of them is no mask in Triton 3.9's interpreter.
+    mask = (offsets < columns) & (source + 0 * offsets < rows)
     x = tl.load(x_ptr + source * columns + offsets, mask=mask, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 0)
     if FAULT == 5:
@@ -103,7 +104,7 @@ def gradient_kernel(dy_ptr, y_ptr, dx_ptr, rows, columns, tick, BLOCK: tl.conste
     """One program computes dx = y (dy - sum(dy y)) of one row."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
-    mask = (offsets < columns) & (row < rows)
+    mask = (offsets < columns) & (row + 0 * offsets < rows)
     y = tl.load(y_ptr + row * columns + offsets, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * columns + offsets, mask=mask, other=0.0).to(tl.float32)
     dx = y * (dy - tl.sum(dy * y, 0))

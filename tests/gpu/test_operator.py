@@ -92,8 +92,7 @@ def assert_right(tensors: list[Tensor], out: Tensor, mask: Tensor | None = None,
 def tuned() -> None:
     """Tunes one problem with all gradients, through the public call, from an empty database."""
     tensors = make(**TUNED)
-    with settings(budget_seconds=30):
-        flash_bias_func(*tensors[:5], causal=True)
+    flash_bias_func(*tensors[:5], causal=True)
 
 
 def test_the_first_call_leaves_winners_of_every_kernel_in_the_database() -> None:
@@ -101,8 +100,8 @@ def test_the_first_call_leaves_winners_of_every_kernel_in_the_database() -> None
     store = Store.open(Path(current().cache_dir or "") / "flashbias.db")
     found = problem(Shape(**TUNED, dtype="bfloat16", grads=GRADIENTS), describe(0))
     winners = store.winners(found)
-    assert set(winners) == set(space.KERNELS)
-    assert all(winner.level >= 2 and winner.tried >= 10 for winner in winners.values())
+    judged = {kernel: (winner.level >= 2, winner.tried >= 10) for kernel, winner in winners.items()}
+    assert judged == dict.fromkeys(space.KERNELS, (True, True))
     assert len(store.trials(found)) >= 30
 
 
@@ -125,10 +124,10 @@ def test_tuned_results_are_right_and_bitwise_repeatable() -> None:
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.float16, 2), (torch.bfloat16, 16)])
 def test_alibi_is_right_with_all_gradients(dtype: torch.dtype, rank: int) -> None:
     """Factors that hold positions up to 1,024 beside a spread of a few keep their gradients, also without a spare column."""
-    seqlen, nheads = 1024, 8
-    tensors = make(1, nheads, seqlen, seqlen, 32, rank, dtype)
+    seqlen, nheads, headdim = 1024, 8, 64
+    tensors = make(1, nheads, seqlen, seqlen, headdim, rank, dtype)
     position = torch.arange(seqlen, device=CUDA, dtype=torch.float32)[:, None]
-    slopes = torch.logspace(-1, -8, nheads, base=2.0, device=CUDA)
+    slopes = torch.logspace(-2, -8, nheads, base=2.0, device=CUDA)
     with torch.no_grad():
         tensors[3][..., 0], tensors[3][..., 1] = slopes, -slopes * position
         tensors[4][..., 0], tensors[4][..., 1] = position, 1.0
@@ -140,14 +139,24 @@ def test_alibi_is_right_with_all_gradients(dtype: torch.dtype, rank: int) -> Non
         *tensors[:5],
         None,
         True,
-        32**-0.5,
-        *reference.forward(*tensors[:5], None, True, 32**-0.5, compute_dtype=torch.float64),
+        headdim**-0.5,
+        *reference.forward(*tensors[:5], None, True, headdim**-0.5, compute_dtype=torch.float64),
         compute_dtype=torch.float64,
     )
     assert truth.dq_bias is not None
     assert tensors[3].grad is not None
     off = (tensors[3].grad.double() - truth.dq_bias)[..., 0].norm() / truth.dq_bias[..., 0].norm()
     assert off <= (2e-3 if dtype == torch.float16 else 1e-2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lse_does_not_drift_with_the_number_of_key_tiles(causal: bool) -> None:
+    """Over hundreds of tiles the online softmax stays right to a few fp32 ulp: 16,384 keys, with the default configs."""
+    q, k, v, q_bias, k_bias, _ = make(1, 1, 16384, 16384, 64, 8)
+    with torch.no_grad(), settings(mode="read"):
+        _, lse = launcher.forward(q, k, v, q_bias, k_bias, None, causal, 0.125)
+        _, truth = reference.forward(q, k, v, q_bias, k_bias, None, causal, 0.125, compute_dtype=torch.float64)
+    assert float((lse - truth).abs().max()) < 4e-6
 
 
 def test_a_second_process_sweeps_nothing_writes_nothing_and_gives_the_same_bits(tmp_path: Path) -> None:
