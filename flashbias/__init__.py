@@ -1,7 +1,8 @@
 """Attention with a low-rank bias, run by kernel configurations that were proven right on this GPU.
 
-``flash_bias_func`` computes softmax(q kᵀ · scale + q_bias k_biasᵀ + mask) v and its gradients; ``settings``
-says how configurations are found, for a block of code. The method is FlashBias (arXiv:2505.12044).
+``flash_bias_func`` computes softmax(q kᵀ · scale + q_bias k_biasᵀ + mask) v and its gradients; ``factors`` builds
+q_bias and k_bias for well-known biases; ``settings`` says how configurations are found, for a block of code. The method
+is FlashBias (arXiv:2505.12044).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _check_siblings()
 
 if TYPE_CHECKING:
     from autotune.errors import CacheMiss, SettingsError
+    from flashbias import factors
     from flashbias.api import flash_bias_func
     from flashbias.errors import ArgumentError, FlashBiasError, UnsupportedError
     from flashbias.settings import settings
@@ -59,6 +61,7 @@ __all__ = [
     "SettingsError",
     "UnsupportedError",
     "__version__",
+    "factors",
     "flash_bias_func",
     "settings",
 ]
@@ -72,10 +75,13 @@ _HOMES = {
     "flash_bias_func": "flashbias.api",
     "settings": "flashbias.settings",
 }
+_MODULES = {"factors"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: torch and Triton take seconds, and a tool may only want the version."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
     value = getattr(importlib.import_module(_HOMES[name]), name)
