@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 def source_hash(entries: Iterable[Any]) -> str:
-    """Returns the SHA-256 over ``entries`` (jitted or plain functions) and every jitted function they reach.
+    """Returns the SHA-256 over ``entries`` (jitted or plain functions, classes) and every jitted function they reach.
 
     Constants that jitted code reads (``tl.constexpr`` globals) are part of it.
     """
@@ -35,7 +35,7 @@ def _collect(function: Any, sources: dict[str, str]) -> None:
         return
     tree = _normalised(plain)
     sources[name] = ast.unparse(tree)
-    scope = inspect.unwrap(plain).__globals__
+    scope = getattr(inspect.unwrap(plain), "__globals__", {})  # a class has none of its own
     for identifier in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
         value = scope.get(identifier)
         if _jitted(value):

@@ -1,8 +1,8 @@
 """Attention with a low-rank bias, run by kernel configurations that were proven right on this GPU.
 
 ``flash_bias_func`` computes softmax(q kᵀ · scale + q_bias k_biasᵀ + mask) v and its gradients; ``factors`` builds
-q_bias and k_bias for well-known biases; ``settings`` says how configurations are found, for a block of code. The method
-is FlashBias (arXiv:2505.12044).
+q_bias and k_bias for well-known biases; ``nn`` has an attention layer made with both; ``settings`` says how
+configurations are found, for a block of code. The method is FlashBias (arXiv:2505.12044).
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ _check_siblings()
 
 if TYPE_CHECKING:
     from autotune.errors import CacheMiss, SettingsError
-    from flashbias import factors
+    from flashbias import factors, nn
     from flashbias.api import flash_bias_func
     from flashbias.errors import ArgumentError, FlashBiasError, UnsupportedError
+    from flashbias.merge import merge_attention
     from flashbias.settings import settings
 
 __all__ = [
@@ -63,6 +64,8 @@ __all__ = [
     "__version__",
     "factors",
     "flash_bias_func",
+    "merge_attention",
+    "nn",
     "settings",
 ]
 
@@ -73,9 +76,10 @@ _HOMES = {
     "SettingsError": "autotune.errors",
     "UnsupportedError": "flashbias.errors",
     "flash_bias_func": "flashbias.api",
+    "merge_attention": "flashbias.merge",
     "settings": "flashbias.settings",
 }
-_MODULES = {"factors"}
+_MODULES = {"factors", "nn"}
 
 
 def __getattr__(name: str) -> Any:

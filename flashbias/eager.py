@@ -2,7 +2,8 @@
 
 The arithmetic is that of :mod:`flashbias.reference` in fp32 (fp64 for fp64 inputs); results are rounded once,
 to the inputs' dtypes. Any float dtype, any head dim and any device that PyTorch has; memory beyond inputs and
-outputs is a few chunks of scores. The signatures are those of :mod:`flashbias.launcher`.
+outputs is a few chunks of scores and the gradients' sums. Grouped queries, bands, the gradients of LSE
+and of an additive mask, and factors of another dtype than q's come with the reference. The signatures are those of :mod:`flashbias.launcher`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flashbias import reference
-from flashbias.reference import Wanted
+from flashbias.band import Band
+from flashbias.reference import Gradients, Wanted
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,14 +28,14 @@ def forward(
     q_bias: Tensor | None,
     k_bias: Tensor | None,
     mask: Tensor | None,
-    causal: bool,
+    band: Band,
     scale: float,
     grads: Wanted,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``out`` (B, Sq, H, Dv) in v's dtype and ``lse`` (B, H, Sq) in the compute dtype, natural log."""
     del grads  # what the backward will want changes nothing here
     dtype = compute_dtype(q.dtype)
-    out, lse = reference.forward(q, k, v, q_bias, k_bias, mask, causal, scale, compute_dtype=dtype)
+    out, lse = reference.forward(q, k, v, q_bias, k_bias, mask, band, scale, compute_dtype=dtype)
     return out.to(v.dtype), lse
 
 
@@ -47,23 +49,23 @@ def backward(
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    band: Band,
     scale: float,
     grads: Wanted,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns (dq, dk, dv, dq_bias, dk_bias), each in its input's shape and dtype, None where ``grads`` is False.
+    dlse: Tensor | None = None,
+) -> Gradients:
+    """Returns (dq, dk, dv, dq_bias, dk_bias, dmask), each in its input's shape and dtype, None where ``grads`` is False.
 
-    Delta is taken from P and dP, never from ``out``, whose rounding would keep rows of dS from summing to zero
+    ``dlse`` is the upstream gradient of ``lse``, (B, H, Sq); None is zero. A bool mask has no gradient.
+
+    Delta is taken from P and dP, never from ``out``, whose rounding would keep rows of dS from summing to dLSE
     and spoil the gradients of factors that are large next to their spread (ALiBi's key positions).
     """
     del out
-    inputs = (q, k, v, q_bias, k_bias)
+    inputs = (q, k, v, q_bias, k_bias, mask)
     dtype = compute_dtype(q.dtype)
     gradients = reference.backward(
-        dout, q, k, v, q_bias, k_bias, mask, causal, scale, None, lse, compute_dtype=dtype, wanted=grads
+        dout, q, k, v, q_bias, k_bias, mask, band, scale, None, lse, compute_dtype=dtype, wanted=grads, dlse=dlse
     )
-    dq, dk, dv, dq_bias, dk_bias = (
-        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(gradients, inputs, strict=True)
-    )
-    return dq, dk, dv, dq_bias, dk_bias
+    pairs = zip(gradients, inputs, strict=True)
+    return Gradients(*(None if grad is None or tensor is None else grad.to(tensor.dtype) for grad, tensor in pairs))

@@ -5,7 +5,7 @@ microseconds. Where PyTorch is tracing (``torch.compile``, ``torch.export``, fak
 tensor subclass) the call becomes the registered ops ``flashbias::attention_forward`` and
 ``flashbias::attention_backward``, whose implementation is the same launcher.
 
-LSE is (B, H, Sq), fp32 (fp64 for fp64 inputs), and not differentiable.
+LSE is (B, H, Sq), fp32 (fp64 for fp64 inputs). O and LSE are both differentiable, once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashbias import launcher
+from flashbias.band import Band
 from flashbias.eager import compute_dtype
 from flashbias.errors import UnsupportedError
 from flashbias.reference import Wanted
@@ -33,20 +34,20 @@ def attention(
     q_bias: Tensor | None,
     k_bias: Tensor | None,
     mask: Tensor | None,
-    causal: bool,
+    band: Band,
     scale: float,
-) -> Tensor:
-    """Returns the attention of valid arguments (see :mod:`flashbias.api`), differentiable once."""
-    inputs = (q, k, v, q_bias, k_bias)
+) -> tuple[Tensor, Tensor]:
+    """Returns O and LSE of valid arguments (see :mod:`flashbias.api`), differentiable once."""
+    inputs = (q, k, v, q_bias, k_bias, mask)
     _refuse_transforms(inputs)
     grads = _wanted(inputs)
-    if _traced(inputs, mask):
-        traced_out: Tensor = attention_forward(*inputs, mask, causal, scale, grads)[0]
-        return traced_out
+    if _traced(inputs):
+        traced: tuple[Tensor, Tensor] = attention_forward(*inputs, band.low, band.high, scale, grads)
+        return traced
     if not any(grads):
-        return launcher.forward(*inputs, mask, causal, scale, grads)[0]
-    out: Tensor = _Attention.apply(*inputs, mask, causal, scale)  # type: ignore[no-untyped-call]
-    return out
+        return launcher.forward(*inputs, band, scale, grads)
+    found: tuple[Tensor, Tensor] = _Attention.apply(*inputs, band, scale)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _refuse_transforms(inputs: Sequence[Tensor | None]) -> None:
@@ -73,15 +74,19 @@ def _refuse_transforms(inputs: Sequence[Tensor | None]) -> None:
 def _wanted(inputs: Sequence[Tensor | None]) -> Wanted:
     """Returns which inputs will want a gradient from this call."""
     recording = torch.is_grad_enabled()
-    q, k, v, q_bias, k_bias = (recording and tensor is not None and tensor.requires_grad for tensor in inputs)
-    return q, k, v, q_bias, k_bias
+    return _six([recording and tensor is not None and tensor.requires_grad for tensor in inputs])
 
 
-def _traced(inputs: Sequence[Tensor | None], mask: Tensor | None) -> bool:
+def _six(flags: Sequence[bool]) -> Wanted:
+    q, k, v, q_bias, k_bias, mask = flags
+    return q, k, v, q_bias, k_bias, mask
+
+
+def _traced(inputs: Sequence[Tensor | None]) -> bool:
     """Whether something other than this process's kernels must see the call as one op."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    return any(tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta) for tensor in (*inputs, mask))
+    return any(tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta) for tensor in inputs)
 
 
 def _refuse_second_derivative() -> UnsupportedError:
@@ -98,20 +103,27 @@ class _Attention(torch.autograd.Function):
     """The recorded call: keeps inputs, O and LSE, and computes wanted gradients only."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        complete = (*arguments, ctx.needs_input_grad[:5])
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, mask, band, scale = arguments
+        tensors.append(launcher.compact(mask))
+        complete = (*tensors, band, scale, ctx.needs_input_grad[:6])
         out, lse, ctx.plan = launcher.planned_forward(*complete)
-        *tensors, causal, scale = arguments
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.causal, ctx.scale = causal, scale
-        return out
+        ctx.band, ctx.scale = band, scale
+        ctx.mask_shape = None if mask is None else mask.shape
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (dout, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.needs_input_grad[:5], ctx.plan)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(saved[-2])
+        arguments = (dout, *saved, ctx.band, ctx.scale, ctx.needs_input_grad[:6], dlse, ctx.plan)
         # Grad mode is on only for create_graph=True: then the gradients must know that they end here.
         compute = _AttentionBackward.apply if torch.is_grad_enabled() else launcher.backward
-        return (*compute(*arguments), None, None, None)
+        *gradients, dmask = compute(*arguments)
+        return (*gradients, launcher.expanded(dmask, ctx.mask_shape), None, None)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -129,8 +141,8 @@ class _AttentionBackward(torch.autograd.Function):
 @torch.library.custom_op(
     "flashbias::attention_forward",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? mask, bool causal, float scale, "
-    "bool[] grads) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? mask, SymInt? low, SymInt? high, "
+    "float scale, bool[] grads) -> (Tensor, Tensor)",
 )
 def attention_forward(
     q: Tensor,
@@ -139,12 +151,13 @@ def attention_forward(
     q_bias: Tensor | None,
     k_bias: Tensor | None,
     mask: Tensor | None,
-    causal: bool,
+    low: int | None,
+    high: int | None,
     scale: float,
     grads: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse), both contiguous; ``grads`` says which of the five inputs will want a gradient."""
-    out, lse = launcher.forward(q, k, v, q_bias, k_bias, mask, causal, scale, _five(grads))
+    """Returns (out, lse), both contiguous; ``grads`` says which of the six inputs will want a gradient."""
+    out, lse = launcher.forward(q, k, v, q_bias, k_bias, mask, Band(low, high), scale, _six(grads))
     return out.contiguous(), lse.contiguous()
 
 
@@ -159,7 +172,8 @@ def _(q: Tensor, _k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     "flashbias::attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? mask, Tensor out, "
-    "Tensor lse, bool causal, float scale, bool[] grads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor lse, SymInt? low, SymInt? high, float scale, bool[] grads, Tensor? dlse) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attention_backward(
     dout: Tensor,
@@ -171,41 +185,39 @@ def attention_backward(
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    low: int | None,
+    high: int | None,
     scale: float,
     grads: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the five gradients, contiguous; a torch op cannot return None, so unwanted ones are empty."""
-    found = launcher.backward(dout, q, k, v, q_bias, k_bias, mask, out, lse, causal, scale, _five(grads))
-    dq, dk, dv, dq_bias, dk_bias = (q.new_empty(0) if tensor is None else tensor.contiguous() for tensor in found)
-    return dq, dk, dv, dq_bias, dk_bias
+    dlse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the six gradients, contiguous; a torch op cannot return None, so unwanted ones are empty."""
+    found = launcher.backward(dout, q, k, v, q_bias, k_bias, mask, out, lse, Band(low, high), scale, _six(grads), dlse)
+    dq, dk, dv, dq_bias, dk_bias, dmask = (
+        q.new_empty(0) if tensor is None else tensor.contiguous() for tensor in found
+    )
+    return dq, dk, dv, dq_bias, dk_bias, dmask
 
 
 @attention_backward.register_fake
-def _(_dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k, v, q_bias, k_bias, *_, grads = rest
-    dq, dk, dv, dq_bias, dk_bias = (
+def _(_dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    k, v, q_bias, k_bias, mask, *_, grads, _dlse = rest
+    dq, dk, dv, dq_bias, dk_bias, dmask = (
         tensor.new_empty(tensor.shape) if tensor is not None and want else q.new_empty(0)
-        for tensor, want in zip((q, k, v, q_bias, k_bias), grads, strict=True)
+        for tensor, want in zip((q, k, v, q_bias, k_bias, mask), grads, strict=True)
     )
-    return dq, dk, dv, dq_bias, dk_bias
-
-
-def _five(grads: Sequence[bool]) -> Wanted:
-    q, k, v, q_bias, k_bias = grads
-    return q, k, v, q_bias, k_bias
+    return dq, dk, dv, dq_bias, dk_bias, dmask
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, causal, scale, _ = inputs
+    *tensors, low, high, scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.causal, ctx.scale = causal, scale
-    ctx.mark_non_differentiable(output[1])
+    ctx.band, ctx.scale = (low, high), scale
 
 
-def _differentiate_forward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = ctx.needs_input_grad[:5]
-    found = attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale, grads)
+def _differentiate_forward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = ctx.needs_input_grad[:6]
+    found = attention_backward(dout, *ctx.saved_tensors, *ctx.band, ctx.scale, grads, dlse)
     wanted = (gradient if want else None for gradient, want in zip(found, grads, strict=True))
     return (*wanted, None, None, None, None)
 

@@ -89,7 +89,7 @@ def _time(rows: dict[str, Row], runs: dict[str, Forward], inputs: Inputs, rounds
 def _judge(rows: dict[str, Row], results: dict[str, tuple[Tensor | None, ...]], inputs: Inputs, limit: float) -> None:
     """Compares O and every gradient with the fp64 oracle."""
     with torch.no_grad():
-        call = (inputs.q, inputs.k, inputs.v, inputs.q_bias, inputs.k_bias, None, inputs.causal, inputs.scale)
+        call = (inputs.q, inputs.k, inputs.v, inputs.q_bias, inputs.k_bias, None, inputs.shape.band, inputs.scale)
         out, lse = reference.forward(*call, compute_dtype=torch.float64)
         gradients = reference.backward(inputs.dout, *call, out, lse, compute_dtype=torch.float64)
         truth = {"out": out, **{f"d{n}": g for n, g in zip(GRADIENTS, gradients, strict=True) if g is not None}}

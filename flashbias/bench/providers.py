@@ -31,7 +31,12 @@ class Inputs:
     q_bias: Tensor | None
     k_bias: Tensor | None
     dout: Tensor
-    causal: bool
+    shape: Shape
+
+    @property
+    def causal(self) -> bool:
+        """Whether row i sees keys j <= i only: what peers can be asked for."""
+        return self.shape.causal is not False
 
     @property
     def scale(self) -> float:
@@ -52,13 +57,13 @@ def make(shape: Shape, seed: int, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, shape.dtype)
 
-    def normal(rows: int, columns: int, factor: float = 1.0) -> Tensor:
-        size = (shape.batch, rows, shape.nheads, columns)
+    def normal(rows: int, columns: int, factor: float = 1.0, heads: int = shape.nheads) -> Tensor:
+        size = (shape.batch, rows, heads, columns)
         return (torch.randn(size, generator=generator, device=device) * factor).to(dtype)
 
     value_dim = shape.value_dim or shape.headdim
-    q, k = normal(shape.seqlen_q, shape.headdim), normal(shape.seqlen_k, shape.headdim)
-    v, dout = normal(shape.seqlen_k, value_dim), normal(shape.seqlen_q, value_dim)
+    q, k = normal(shape.seqlen_q, shape.headdim), normal(shape.seqlen_k, shape.headdim, heads=shape.kv_heads)
+    v, dout = normal(shape.seqlen_k, value_dim, heads=shape.kv_heads), normal(shape.seqlen_q, value_dim)
     factors: tuple[Tensor | None, Tensor | None] = (None, None)
     if shape.rank:
         size = shape.rank**-0.25
@@ -66,12 +71,13 @@ def make(shape: Shape, seed: int, device: torch.device) -> Inputs:
     for tensor in (q, k, v, *factors):
         if tensor is not None:
             tensor.requires_grad_()
-    return Inputs(q, k, v, *factors, dout, shape.causal)
+    return Inputs(q, k, v, *factors, dout, shape)
 
 
 def ours(inputs: Inputs) -> Tensor:
     """Returns O of the tuned operator."""
-    return flash_bias_func(inputs.q, inputs.k, inputs.v, inputs.q_bias, inputs.k_bias, causal=inputs.causal)
+    given = (inputs.q, inputs.k, inputs.v, inputs.q_bias, inputs.k_bias)
+    return flash_bias_func(*given, causal=inputs.shape.causal, window_size=inputs.shape.window)
 
 
 def sdpa_concat(inputs: Inputs) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Final, get_args
 from pydantic import ValidationError
 
 from flashbias.errors import ArgumentError
-from flashbias.kernels.problem import GRADIENTS, MaskKind, Shape
+from flashbias.kernels.problem import GRADIENTS, MaskDims, MaskKind, Shape
 
 MASKS: Final = ", ".join(get_args(MaskKind))
 
@@ -34,15 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     flag("--batch", 1, "batch size (default 1)")
     flag("--nheads", 16, "number of heads (default 16)")
+    flag("--nheads-kv", None, "number of heads of k and v (default: as --nheads)")
     flag("--seqlen-q", 1024, "number of queries (default 1024)")
     flag("--seqlen-k", None, "number of keys (default: as --seqlen-q)")
     flag("--headdim", 64, "head dimension of q and k (default 64)")
     flag("--value-dim", None, "head dimension of v (default: as --headdim)")
     flag("--rank", 8, "rank of the bias, 0 for none (default 8)")
+    flag("--factor-dtype", None, "float32, or as --dtype (the default)", str)
     flag("--dtype", "float16", "float16 or bfloat16 (default float16)", str)
     flag("--mask", "none", f"{MASKS} (default none)", str)
     flag("--layout", "aligned", "aligned or strided (default aligned)", str)
-    flag("--causal", False, "true or false (default false)", _truth)
+    flag("--mask-dims", "matrix", f"{', '.join(get_args(MaskDims))} (default matrix)", str)
+    flag("--causal", False, "true, false or bottom_right (default false)", _causal)
+    flag("--window", (-1, -1), "LEFT,RIGHT keys seen beside a query's own, -1 for no limit (default -1,-1)", _window)
     flag("--grads", GRADIENTS, "gradients wanted: all, none, or e.g. q,k,v (default all)", _gradients)
 
 
@@ -78,14 +82,18 @@ def _combinations(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     names = [
         "batch",
         "nheads",
+        "nheads_kv",
         "seqlen_q",
         "seqlen_k",
         "headdim",
         "value_dim",
         "rank",
+        "factor_dtype",
         "causal",
+        "window",
         "dtype",
         "mask",
+        "mask_dims",
         "grads",
         "layout",
     ]
@@ -110,11 +118,19 @@ def _shape(values: Mapping[str, Any], place: str) -> Shape:
         raise ArgumentError(f"{place}: {faults}") from error
 
 
-def _truth(text: str) -> bool:
+def _causal(text: str) -> bool | str:
+    values: dict[str, bool | str] = {"true": True, "false": False, "bottom_right": "bottom_right"}
     try:
-        return {"true": True, "false": False}[text.lower()]
+        return values[text.lower()]
     except KeyError:
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected true, false or bottom_right, got {text!r}") from None
+
+
+def _window(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LEFT,RIGHT, two numbers, got {text!r}") from None
 
 
 def _gradients(text: str) -> tuple[str, ...]:

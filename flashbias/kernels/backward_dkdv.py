@@ -2,12 +2,15 @@
 
 It computes scores transposed, Sᵀ = K Qᵀ, so that Pᵀ and dSᵀ enter their products as they are: Triton 3.4–3.7.0
 miscompiles the transpose of a computed tile on Hopper.
+
+Where several query heads share a key head, one program walks the queries of all of them: no atomics, no copies of K and V.
 """
 
 import triton
 import triton.language as tl
 
 from flashbias.kernels.primitives import (
+    band_tiles,
     blind_rows_high,
     dot,
     exp_difference,
@@ -17,6 +20,7 @@ from flashbias.kernels.primitives import (
     narrow,
     program_tile,
     scores,
+    skipping,
     store_factor_gradient,
     store_tile,
     tile_source,
@@ -42,14 +46,19 @@ def accumulate_dkdv(
     offsets_k,
     first,
     last,
+    hole,
+    hole_width,
     seqlen_q,
     seqlen_k,
+    low,
+    high,
     factor_columns,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     MASK: tl.constexpr,
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
@@ -62,7 +71,8 @@ def accumulate_dkdv(
 ):
     """Adds the share of query tiles ``first`` … ``last`` to gradients = (dK, dV, dK_bias)."""
     dk, dv, dk_factor = gradients
-    for start in tl.range(first, last, BLOCK_M):
+    for step in tl.range(first, last, BLOCK_M):
+        start = skipping(step, hole, hole_width, LOW and HIGH and EDGE)
         # q: (BLOCK_M, BLOCK_D), q_factor: (BLOCK_M, RANK); rows past the end are 0 and their p is 0 (LSE +inf)
         q = load_tile(
             q_source, start, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, True
@@ -91,8 +101,11 @@ def accumulate_dkdv(
             mask_strides,
             seqlen_q,
             seqlen_k,
+            low,
+            high,
             MASK,
-            CAUSAL,
+            LOW,
+            HIGH,
             EDGE,
         )
         lse = blind_rows_high(load_row_values(lse_base, start, seqlen_q, -float("inf"), BLOCK_M))
@@ -148,15 +161,21 @@ def backward_dkdv(
     dv_strides,
     dk_bias_strides,
     nheads,
+    group,
+    factor_group,
     seqlen_q,
     seqlen_k,
+    low,
+    high,
     factor_columns,
     rank,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    GQA: tl.constexpr,
     MASK: tl.constexpr,
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
@@ -167,94 +186,104 @@ def backward_dkdv(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Computes BLOCK_N rows of dK, dV and dK_bias of one (batch, head); heavy key tiles (the first) come first."""
-    tile, batch, head = program_tile(tl.cdiv(seqlen_k, BLOCK_N), nheads, False)
+    """Computes BLOCK_N rows of dK, dV and dK_bias of one (batch, key head); heavy key tiles (the first) come first.
+
+    ``nheads`` counts query heads, ``group`` of them share a key head; dK_bias is that of every query head.
+    """
+    tile, batch, kv_head = program_tile(tl.cdiv(seqlen_k, BLOCK_N), nheads // group, LOW and not HIGH)
     start_k = tile * BLOCK_N
     offsets_k = start_k + tl.arange(0, BLOCK_N)
-    row_base = (batch * nheads + head) * seqlen_q
 
-    q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
-    k_base = k_ptr + batch * k_strides[0] + head * k_strides[2]
-    v_base = v_ptr + batch * v_strides[0] + head * v_strides[2]
-    dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[2]
-    mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
-    q_source = tile_source(q_base, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
-    dout_source = tile_source(dout_base, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, DESCRIPTORS)
-
-    # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), k_factor: (BLOCK_N, RANK), all resident
+    # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), both resident
+    k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[2]
+    v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[2]
     k = load_tile(k_base, start_k, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, False, HEAD_DIM == BLOCK_D, True)
     v = load_tile(
         v_base, start_k, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
     )
-    k_factor = k
-    q_factor_source = q_source
-    dk_factor = tl.zeros([BLOCK_N, 1], tl.float32)
-    if RANK > 0:
-        q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
-        k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head * k_factor_strides[2]
-        q_factor_source = tile_source(
-            q_factor_base, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, DESCRIPTORS
-        )
-        k_factor = load_tile(
-            k_factor_base, start_k, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, False, False, True
-        )
-        dk_factor = tl.zeros([BLOCK_N, RANK], tl.float32)
-
-    # Query tiles edge … seqlen_q see every key of this tile; the ones before it, from begin on, need the causal mask.
-    begin = 0
-    edge = 0
-    if CAUSAL:
-        begin = start_k // BLOCK_M * BLOCK_M
-        edge = tl.minimum(tl.cdiv(start_k + BLOCK_N - 1, BLOCK_M) * BLOCK_M, tl.cdiv(seqlen_q, BLOCK_M) * BLOCK_M)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for EDGE in tl.static_range(2):
-        first = begin if EDGE else edge
-        last = edge if EDGE else seqlen_q
-        if CAUSAL or not EDGE:
-            dk, dv, dk_factor = accumulate_dkdv(
-                (dk, dv, dk_factor),
-                k,
-                v,
-                k_factor,
-                q_source,
-                dout_source,
-                q_factor_source,
-                lse_ptr + row_base,
-                delta_ptr + row_base,
-                mask_base,
-                q_strides,
-                dout_strides,
-                q_factor_strides,
-                mask_strides,
-                offsets_k,
-                first,
-                last,
-                seqlen_q,
-                seqlen_k,
-                factor_columns,
-                scale,
-                HEAD_DIM,
-                VALUE_DIM,
-                RANK,
-                CAUSAL,
-                MASK,
-                WANT_DK,
-                WANT_DV,
-                WANT_DK_BIAS,
-                DESCRIPTORS,
-                BLOCK_M,
-                BLOCK_D,
-                BLOCK_DV,
-                EDGE,
+
+    # A key sees queries as a query sees keys, with the bounds exchanged. Rows past the last query need no mask.
+    length = tl.cdiv(seqlen_q, BLOCK_M) * BLOCK_M
+    begin, full_first, full_last, end = band_tiles(start_k, length, high, low, HIGH, LOW, BLOCK_N, BLOCK_M)
+    width = full_last - full_first
+    for member in tl.range(0, group if GQA else 1):
+        head = kv_head * group + member
+        row_base = (batch * nheads + head) * seqlen_q
+        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
+        dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[2]
+        mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
+        q_source = tile_source(q_base, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+        dout_source = tile_source(dout_base, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, DESCRIPTORS)
+        # k_factor: (BLOCK_N, RANK)
+        k_factor = k
+        q_factor_source = q_source
+        dk_factor = tl.zeros([BLOCK_N, RANK if RANK > 0 else 1], tl.float32)
+        if RANK > 0:
+            q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
+            k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
+            q_factor_source = tile_source(
+                q_factor_base, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, DESCRIPTORS
             )
+            k_factor = load_tile(
+                k_factor_base, start_k, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, False, False, True
+            )
+        for EDGE in tl.static_range(2):
+            # With one bound the edge loop is the part before the full tiles or the part after them.
+            edge_first = begin if HIGH else full_last
+            edge_last = (end - width if HIGH else end) if LOW else full_first
+            first = edge_first if EDGE else full_first
+            last = edge_last if EDGE else full_last
+            if LOW or HIGH or not EDGE:
+                dk, dv, dk_factor = accumulate_dkdv(
+                    (dk, dv, dk_factor),
+                    k,
+                    v,
+                    k_factor,
+                    q_source,
+                    dout_source,
+                    q_factor_source,
+                    lse_ptr + row_base,
+                    delta_ptr + row_base,
+                    mask_base,
+                    q_strides,
+                    dout_strides,
+                    q_factor_strides,
+                    mask_strides,
+                    offsets_k,
+                    first,
+                    last,
+                    full_first,
+                    width,
+                    seqlen_q,
+                    seqlen_k,
+                    low,
+                    high,
+                    factor_columns,
+                    scale,
+                    HEAD_DIM,
+                    VALUE_DIM,
+                    RANK,
+                    LOW,
+                    HIGH,
+                    MASK,
+                    WANT_DK,
+                    WANT_DV,
+                    WANT_DK_BIAS,
+                    DESCRIPTORS,
+                    BLOCK_M,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    EDGE,
+                )
+        if WANT_DK_BIAS:
+            dk_bias_base = dk_bias_ptr + batch * dk_bias_strides[0] + head * dk_bias_strides[2]
+            store_factor_gradient(dk_bias_base, dk_factor, start_k, dk_bias_strides[1], seqlen_k, rank, BLOCK_N, RANK)
 
     if WANT_DK:
-        dk_base = dk_ptr + batch * dk_strides[0] + head * dk_strides[2]
+        dk_base = dk_ptr + batch * dk_strides[0] + kv_head * dk_strides[2]
         store_tile(dk_base, dk * scale, start_k, dk_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     if WANT_DV:
-        dv_base = dv_ptr + batch * dv_strides[0] + head * dv_strides[2]
+        dv_base = dv_ptr + batch * dv_strides[0] + kv_head * dv_strides[2]
         store_tile(dv_base, dv, start_k, dv_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV)
-    if WANT_DK_BIAS:
-        dk_bias_base = dk_bias_ptr + batch * dk_bias_strides[0] + head * dk_bias_strides[2]
-        store_factor_gradient(dk_bias_base, dk_factor, start_k, dk_bias_strides[1], seqlen_k, rank, BLOCK_N, RANK)

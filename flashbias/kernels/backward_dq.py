@@ -1,17 +1,13 @@
 """The first backward pass: delta, dQ and dQ_bias, walking the keys of one query tile.
 
 There are two passes and no atomics in either, so gradients are bitwise repeatable.
-
-dQ_bias is recentred. Rows of dS sum to zero, so dQ_bias_i = Σ_j dS_ij k_bias_j = Σ_j dS_ij (k_bias_j - c_i) for any c_i.
-The rounding of dS and of delta spoils the first form where k_bias is large next to its spread within the row, as
-ALiBi's key positions are; with c_i = Σ_j P_ij k_bias_j the second does not notice. Both sums over P and dS rounded,
-Σ P and Σ dS, are needed for it: a column of ones in the packed k_factor gives them in the same products.
 """
 
 import triton
 import triton.language as tl
 
 from flashbias.kernels.primitives import (
+    band_tiles,
     blind_rows_high,
     dot,
     exp_difference,
@@ -21,13 +17,12 @@ from flashbias.kernels.primitives import (
     narrow,
     program_tile,
     scores,
+    skipping,
     store_factor_gradient,
     store_tile,
     tile_source,
 )
-
-# A product of fewer columns does not exist.
-SUM_COLUMNS = tl.constexpr(16)
+from flashbias.kernels.recentring import SUM_COLUMNS, recentred
 
 
 @triton.jit
@@ -49,14 +44,19 @@ def accumulate_dq(
     offsets_q,
     first,
     last,
+    hole,
+    hole_width,
     seqlen_q,
     seqlen_k,
+    low,
+    high,
     factor_columns,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     MASK: tl.constexpr,
     WANT_DQ: tl.constexpr,
     WANT_DQ_BIAS: tl.constexpr,
@@ -69,7 +69,8 @@ def accumulate_dq(
 ):
     """Adds the share of key tiles ``first`` … ``last`` to gradients = (dQ, dS k_factor, P k_factor, Σ dS, Σ P)."""
     dq, ds_factor, p_factor, ds_sum, p_sum = gradients
-    for start in tl.range(first, last, BLOCK_N):
+    for step in tl.range(first, last, BLOCK_N):
+        start = skipping(step, hole, hole_width, LOW and EDGE)
         # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), k_factor: (BLOCK_N, RANK)
         k = load_tile(
             k_source, start, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, EDGE
@@ -98,8 +99,11 @@ def accumulate_dq(
             mask_strides,
             seqlen_q,
             seqlen_k,
+            low,
+            high,
             MASK,
-            CAUSAL,
+            LOW,
+            HIGH,
             EDGE,
         )
         p = exp_difference(s, lse[:, None], MASK)
@@ -131,25 +135,6 @@ def accumulate_dq(
 
 
 @triton.jit
-def recentred(ds_factor, p_factor, ds_sum, p_sum, rank, ONES_COLUMN: tl.constexpr):
-    """Returns Σ_j dS_ij (k_factor_j - c_i) where c_i = Σ_j P_ij k_factor_j / Σ_j P_ij; 0 in a row without a key.
-
-    The sums over P and dS are in column ``rank`` of the products, or in every column of ``ds_sum`` and ``p_sum``.
-    """
-    if ONES_COLUMN:
-        ones = (tl.arange(0, ds_factor.shape[1]) == rank)[None, :]
-        ds_sum = tl.where(ones, ds_factor, 0.0)
-        p_sum = tl.where(ones, p_factor, 0.0)
-    else:
-        first = (tl.arange(0, SUM_COLUMNS) == 0)[None, :]
-        ds_sum = tl.where(first, ds_sum, 0.0)
-        p_sum = tl.where(first, p_sum, 0.0)
-    total = tl.sum(p_sum, 1)
-    share = tl.sum(ds_sum, 1) / tl.where(total > 0.0, total, 1.0)
-    return ds_factor - share[:, None] * p_factor
-
-
-@triton.jit
 def backward_dq(
     q_ptr,
     k_ptr,
@@ -160,6 +145,7 @@ def backward_dq(
     out_ptr,
     lse_ptr,
     dout_ptr,
+    dlse_ptr,
     delta_ptr,
     dq_ptr,
     dq_bias_ptr,
@@ -174,15 +160,21 @@ def backward_dq(
     dq_strides,
     dq_bias_strides,
     nheads,
+    group,
+    factor_group,
     seqlen_q,
     seqlen_k,
+    low,
+    high,
+    has_dlse,
     factor_columns,
     rank,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     MASK: tl.constexpr,
     WANT_DQ: tl.constexpr,
     WANT_DQ_BIAS: tl.constexpr,
@@ -193,8 +185,9 @@ def backward_dq(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Computes BLOCK_M rows of delta = rowsum(O ∘ dO), dQ and dQ_bias of one (batch, head)."""
-    tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, CAUSAL)
+    """Computes BLOCK_M rows of delta = rowsum(O ∘ dO) - dLSE, dQ and dQ_bias of one (batch, head)."""
+    tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, HIGH and not LOW)
+    kv_head = head // group
     start_q = tile * BLOCK_M
     offsets_q = start_q + tl.arange(0, BLOCK_M)
     row_base = (batch * nheads + head) * seqlen_q
@@ -208,13 +201,18 @@ def backward_dq(
     dout = load_tile(
         dout_base, start_q, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
     )
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    # dLSE is no gradient of O: it joins through dS = P (dP - rowsum(O ∘ dO) + dLSE). Rows without a key have none.
+    lse = load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M)
+    given = (offsets_q < seqlen_q) & (lse != -float("inf")) & (has_dlse != 0)
+    dlse = tl.load(dlse_ptr + row_base + offsets_q, mask=given, other=0.0).to(tl.float32)
+    lse = blind_rows_high(lse)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse
     tl.store(delta_ptr + row_base + offsets_q, delta, mask=offsets_q < seqlen_q)
 
     if WANT_DQ or WANT_DQ_BIAS:
         q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
-        k_base = k_ptr + batch * k_strides[0] + head * k_strides[2]
-        v_base = v_ptr + batch * v_strides[0] + head * v_strides[2]
+        k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[2]
+        v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[2]
         mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
         k_source = tile_source(k_base, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
         v_source = tile_source(v_base, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, DESCRIPTORS)
@@ -230,24 +228,20 @@ def backward_dq(
         p_sum = ds_sum
         if RANK > 0:
             q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
-            k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head * k_factor_strides[2]
+            k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
             k_factor_source = tile_source(
                 k_factor_base, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, DESCRIPTORS
             )
             q_factor = load_tile(
                 q_factor_base, start_q, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, False, False, True
             )
-        lse = blind_rows_high(load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M))
-
-        end = seqlen_k
-        edge = seqlen_k // BLOCK_N * BLOCK_N
-        if CAUSAL:
-            end = tl.minimum(seqlen_k, start_q + BLOCK_M)
-            edge = tl.minimum(edge, start_q // BLOCK_N * BLOCK_N)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        begin, full_first, full_last, end = band_tiles(start_q, seqlen_k, low, high, LOW, HIGH, BLOCK_M, BLOCK_N)
+        width = full_last - full_first
         for EDGE in tl.static_range(2):
-            first = edge if EDGE else 0
-            last = end if EDGE else edge
+            edge_first, edge_last = (begin, end - width) if LOW else (full_last, end)
+            first = edge_first if EDGE else full_first
+            last = edge_last if EDGE else full_last
             dq, ds_factor, p_factor, ds_sum, p_sum = accumulate_dq(
                 (dq, ds_factor, p_factor, ds_sum, p_sum),
                 q,
@@ -266,14 +260,19 @@ def backward_dq(
                 offsets_q,
                 first,
                 last,
+                full_first,
+                width,
                 seqlen_q,
                 seqlen_k,
+                low,
+                high,
                 factor_columns,
                 scale,
                 HEAD_DIM,
                 VALUE_DIM,
                 RANK,
-                CAUSAL,
+                LOW,
+                HIGH,
                 MASK,
                 WANT_DQ,
                 WANT_DQ_BIAS,
@@ -289,5 +288,5 @@ def backward_dq(
             store_tile(dq_base, dq * scale, start_q, dq_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D)
         if WANT_DQ_BIAS:
             dq_bias_base = dq_bias_ptr + batch * dq_bias_strides[0] + head * dq_bias_strides[2]
-            dq_factor = recentred(ds_factor, p_factor, ds_sum, p_sum, rank, ONES_COLUMN)
+            dq_factor = recentred(ds_factor, p_factor, ds_sum, p_sum, dlse, rank, ONES_COLUMN)
             store_factor_gradient(dq_bias_base, dq_factor, start_q, dq_bias_strides[1], seqlen_q, rank, BLOCK_M, RANK)

@@ -24,9 +24,17 @@ from triton.runtime import _allocation
 from cache_db.models import Scalar
 
 _SCALARS = {
+    "batches": "i32",
     "nheads": "i32",
+    "group": "i32",
+    "factor_group": "i32",
+    "mask_batches": "i32",
+    "mask_nheads": "i32",
     "seqlen_q": "i32",
     "seqlen_k": "i32",
+    "low": "i32",
+    "high": "i32",
+    "has_dlse": "i32",
     "factor_columns": "i32",
     "rank": "i32",
     "q_nheads": "i32",
@@ -35,13 +43,23 @@ _SCALARS = {
     "k_rows": "i64",
     "scale": "fp32",
 }
-_ELEMENT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "bool": "u8", "none": "u8"}
+_ELEMENT = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "int32": "i32",
+    "bool": "u8",
+    "none": "u8",
+}
 _NO_BITS: Final = 8  # ELF's section type for memory that the file does not hold
 # These are read through all four strides; of the others the last is 1.
-_ANY_STRIDES = frozenset({"mask_strides", "q_bias_strides", "k_bias_strides"})
-_FP32_POINTERS = frozenset({"lse_ptr", "delta_ptr", "dq_bias_ptr", "dk_bias_ptr"})
+_ANY_STRIDES = frozenset({"mask_strides", "dmask_strides", "q_bias_strides", "k_bias_strides"})
+_FP32_POINTERS = frozenset({"lse_ptr", "dlse_ptr", "delta_ptr", "dq_bias_ptr", "dk_bias_ptr"})
 # Row values and factor gradients have rows of any length, masks any strides: neither is promised to be aligned.
-_UNALIGNED = frozenset({"mask_ptr", "mask_strides", "dq_bias_strides", "dk_bias_strides"})
+_UNALIGNED = frozenset(
+    {"mask_ptr", "mask_strides", "dmask_ptr", "dmask_strides", "dlse_ptr", "dq_bias_strides", "dk_bias_strides"}
+)
 
 
 @dataclass(frozen=True)
@@ -62,14 +80,13 @@ class Binary:
         return self
 
 
-def signature_of(function: Any, dtype: str, mask: str) -> dict[str, Any]:
-    """Returns Triton's signature of a kernel of this package for inputs of ``dtype`` and a mask of kind ``mask``."""
+def signature_of(function: Any, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """Returns Triton's signature of a kernel of this package; ``dtypes`` names those of its pointers, "" of all others."""
     signature: dict[str, Any] = {}
     for name in function.arg_names:
-        if name == "mask_ptr":
-            signature[name] = "*" + _ELEMENT[mask]
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in _FP32_POINTERS else "*" + _ELEMENT[dtype]
+        if name.endswith("_ptr"):
+            dtype = "float32" if name in _FP32_POINTERS else dtypes.get(name, dtypes[""])
+            signature[name] = "*" + _ELEMENT[dtype]
         elif name.endswith("_strides"):
             signature[name] = ("i64",) * (4 if name in _ANY_STRIDES else 3)
         else:
@@ -97,8 +114,7 @@ def attributes_of(function: Any, aligned: bool) -> dict[tuple[int, ...], list[li
 def compile_binary(
     function: Any,
     *,
-    dtype: str,
-    mask: str,
+    dtypes: Mapping[str, str],
     aligned: bool,
     constants: Mapping[str, Any],
     options: Mapping[str, int],
@@ -113,7 +129,7 @@ def compile_binary(
         return Binary(function, None, dict(constants), arguments, "")
     source = ASTSource(
         fn=function,
-        signature=signature_of(function, dtype, mask),
+        signature=signature_of(function, dtypes),
         constexprs=dict(constants),
         attrs=attributes_of(function, aligned),
     )

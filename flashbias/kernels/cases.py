@@ -21,6 +21,7 @@ from torch import Tensor
 from autotune.device import DeviceInfo
 from autotune.spec import Case, Tensors
 from cache_db.models import Problem, Scalar
+from flashbias.band import Band
 from flashbias.kernels.problem import wanted
 
 # Query tiles of 128 rows per multiprocessor that stand for each occupancy class.
@@ -47,20 +48,20 @@ def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
     if device.interpreted:
         return [
             _case("ragged", problem, 1, 2, _INTERPRETED_ROWS, _INTERPRETED_ROWS + 9),
-            _case("large logits", problem, 1, 1, 17, 33, logit=200.0),
+            _case("large logits", problem, 1, 1, 17, 33, logit=200.0, dlse=True),
             _case("positions", problem, 1, 2, 33, 40, positions=True),
         ]
     return [
         _case("ragged", problem, 2, 3, 203, 331),
-        _case("short", problem, 3, 2, 17, 21),
+        _case("short", problem, 3, 2, 17, 21, dlse=True),
         _case("one query", problem, 2, 2, 1, 239),
         _case("one key", problem, 2, 2, 67, 1),
-        _case("cross", problem, 1, 2, 1023, 513),
+        _case("cross", problem, 1, 2, 1023, 513, dlse=True, mask_heads=False),
         _case("long", problem, 1, 2, 1151, 2049),
         _case("large logits", problem, 1, 4, 300, 301, logit=200.0),
-        _case("shared factors", problem, 2, 4, 257, 255, shared=True),
+        _case("shared factors", problem, 2, 4, 257, 255, shared=True, dlse=True),
         _case("negative bias", problem, 1, 4, 300, 333, bias=-60.0),
-        _case("positions", problem, 2, 4, 256, 240, positions=True),
+        _case("positions", problem, 2, 4, 256, 240, positions=True, dlse=True),
     ]
 
 
@@ -84,25 +85,59 @@ def _case(
     bias: float = 0.0,
     shared: bool = False,
     positions: bool = False,
+    dlse: bool = False,
+    mask_heads: bool = True,
 ) -> Case:
-    width = int(problem.fields["rank_dim"])
-    # Below the packed width, so that padding columns are seen; above half of it, so is the next smaller width.
-    rank = width * 5 // 8 if name in ("ragged", "long") else width // 2
-    if "q_bias" in wanted(problem) and not problem.fields["ones_column"]:
-        rank = width
+    """Returns a case; ``nheads`` is rounded up to whole groups of a key head.
+
+    ``dlse`` gives LSE a gradient; a mask is shared by batches, without ``mask_heads`` by heads instead.
+    """
+    fields = problem.fields
+    group = int(fields["gqa_group"])
+    nheads_kv = -(-nheads // group)
+    nheads = nheads_kv * group
     sizes: dict[str, Scalar] = {
         "batch": batch,
         "nheads": nheads,
+        "nheads_kv": nheads_kv,
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
-        "rank": rank,
+        "rank": _rank(problem, name),
         "factor_batch": 1 if shared else batch,
-        "factor_nheads": 1 if shared else nheads,
+        "q_factor_nheads": 1 if shared else nheads,
+        # Under grouped queries k_bias may have a head for each query head, for each key head, or one.
+        "k_factor_nheads": 1 if shared else nheads_kv if dlse else nheads,
         "logit": logit,
         "bias": bias,
         "positions": positions,
+        "dlse": dlse,
+        "mask_heads": mask_heads,
     }
     return Case(name, sizes)
+
+
+def _rank(problem: Problem, name: str) -> int:
+    """Returns the rank of the case's factors: below the packed width, so that padding columns are seen.
+
+    It is above half of it where the next smaller width is half, and all of it where the problem is one whose factors
+    fill their width.
+    """
+    width, blocks = int(problem.fields["rank_dim"]), max(1, int(problem.fields["factor_parts"]))
+    used = width * 5 // 8 if name in ("ragged", "long") else width // 2
+    if "q_bias" in wanted(problem) and not problem.fields["ones_column"]:
+        used = width
+    return max(1, used // blocks) if width else 0
+
+
+def band_of(problem: Problem, seqlen_q: int, seqlen_k: int) -> Band:
+    """Returns the diagonals seen in a case of these lengths.
+
+    It follows from the lengths alone: aligned bottom-right where the number of keys is odd (which leaves rows without
+    a key where there are more queries), else top-left; a window is that of the problem, at most half of the keys.
+    """
+    shift = seqlen_k - seqlen_q if seqlen_k % 2 else 0
+    window = min(int(problem.fields["window"]), seqlen_k // 2 + 1)
+    return Band(window - 1 - shift if window else None, shift if problem.fields["causal"] else None)
 
 
 def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
@@ -110,29 +145,34 @@ def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Ten
     fields = problem.fields
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(case.name.encode()))
     dtype = getattr(torch, str(fields["dtype"]))
-    batch, nheads, seqlen_q, seqlen_k, rank, factor_batch, factor_nheads = (
+    batch, nheads, nheads_kv, seqlen_q, seqlen_k, rank, factor_batch = (
         int(case.sizes[name])
-        for name in ("batch", "nheads", "seqlen_q", "seqlen_k", "rank", "factor_batch", "factor_nheads")
+        for name in ("batch", "nheads", "nheads_kv", "seqlen_q", "seqlen_k", "rank", "factor_batch")
     )
     strided = problem.layout == "strided"
 
-    def normal(*shape: int, factor: float = 1.0) -> Tensor:
+    def normal(*shape: int, factor: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
         values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * factor
         if not strided:
-            return values.to(dtype)
-        room = torch.zeros((*shape[:-1], shape[-1] + 3), dtype=dtype, device=device)
+            return values.to(kind)
+        room = torch.zeros((*shape[:-1], shape[-1] + 3), dtype=kind, device=device)
         return room[..., 1:-2].copy_(values)
 
     head_dim, value_dim = int(fields["head_dim"]), int(fields["value_dim"])
     found = {
         "q": normal(batch, seqlen_q, nheads, head_dim, factor=0.5),
-        "k": normal(batch, seqlen_k, nheads, head_dim),
-        "v": normal(batch, seqlen_k, nheads, value_dim),
+        "k": normal(batch, seqlen_k, nheads_kv, head_dim),
+        "v": normal(batch, seqlen_k, nheads_kv, value_dim),
         "dout": normal(batch, seqlen_q, nheads, value_dim),
     }
+    if case.sizes["dlse"] and fields["grads"]:
+        found["dlse"] = torch.randn((batch, nheads, seqlen_q), generator=generator, device=device)
     if rank:
-        found["q_bias"] = normal(factor_batch, seqlen_q, factor_nheads, rank, factor=0.5 * rank**-0.25)
-        found["k_bias"] = normal(factor_batch, seqlen_k, factor_nheads, rank, factor=rank**-0.25)
+        heads = (int(case.sizes[name]) for name in ("q_factor_nheads", "k_factor_nheads"))
+        kind = getattr(torch, str(fields["factor_dtype"]))
+        size = rank**-0.25
+        found["q_bias"] = normal(factor_batch, seqlen_q, next(heads), rank, factor=0.5 * size, kind=kind)
+        found["k_bias"] = normal(factor_batch, seqlen_k, next(heads), rank, factor=size, kind=kind)
         _shift_rows(found["q_bias"], found["k_bias"], float(case.sizes["bias"]))
         if case.sizes["positions"]:
             _add_positions(found["q_bias"], found["k_bias"])
@@ -140,15 +180,20 @@ def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Ten
     _shift_rows(found["q"][:, ::2], found["k"], float(case.sizes["logit"]) * head_dim**0.5)
     _shift_rows(found["q"][:, 1::2], found["k"], -float(case.sizes["logit"]) * head_dim**0.5)
     if fields["mask"] != "none":
-        found["mask"] = _mask(str(fields["mask"]), _mask_shape(nheads, seqlen_q, seqlen_k), generator, device)
+        found["mask"] = _mask(str(fields["mask"]), mask_shape(problem, case), generator, device)
     return found
 
 
-def _mask_shape(nheads: int, seqlen_q: int, seqlen_k: int) -> tuple[int, ...]:
-    """Returns the largest mask worth its memory: a matrix for each head, one for all heads, or one row for all."""
-    if nheads * seqlen_q * seqlen_k <= _MAX_MASK:
-        return 1, nheads, seqlen_q, seqlen_k
-    return 1, 1, seqlen_q if seqlen_q * seqlen_k <= _MAX_MASK else 1, seqlen_k
+def mask_shape(problem: Problem, case: Case) -> tuple[int, ...]:
+    """Returns the mask's shape: a vector, or a matrix for each head, only one if that is too large, or one row of it."""
+    batch, nheads, rows, keys = (int(case.sizes[name]) for name in ("batch", "nheads", "seqlen_q", "seqlen_k"))
+    dims = str(problem.fields["mask_dims"])
+    rows, keys = rows if dims in ("matrix", "queries") else 1, keys if dims in ("matrix", "keys") else 1
+    shared = (1, nheads) if case.sizes["mask_heads"] else (batch, 1)
+    if shared[0] * shared[1] * rows * keys <= _MAX_MASK:
+        return *shared, rows, keys
+    # The gradient of a matrix has rows; without it one row, read for every query, takes as long as a matrix.
+    return 1, 1, rows if rows * keys <= _MAX_MASK or "mask" in wanted(problem) else 1, keys
 
 
 def _shift_rows(rows: Tensor, columns: Tensor, shift: float) -> None:

@@ -5,12 +5,14 @@ import triton.language as tl
 
 from flashbias.kernels.primitives import (
     LN2,
+    band_tiles,
     dot,
     load_tile,
     masked,
     narrow,
     program_tile,
     scores,
+    skipping,
     softmax_step,
     store_tile,
     tile_source,
@@ -33,14 +35,19 @@ def attend(
     offsets_q,
     first,
     last,
+    hole,
+    hole_width,
     seqlen_q,
     seqlen_k,
+    low,
+    high,
     factor_columns,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,9 +55,10 @@ def attend(
     BLOCK_DV: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Folds key tiles ``first`` … ``last`` into state = (O accumulator, row maximum, row sum)."""
+    """Folds key tiles ``first`` … ``last``, the hole skipped, into state = (O accumulator, row maximum, row sum)."""
     acc, row_max, row_sum = state
-    for start in tl.range(first, last, BLOCK_N):
+    for step in tl.range(first, last, BLOCK_N):
+        start = skipping(step, hole, hole_width, LOW and EDGE)
         # k: (BLOCK_N, BLOCK_D), k_factor: (BLOCK_N, RANK)
         k = load_tile(
             k_source, start, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, EDGE
@@ -79,8 +87,11 @@ def attend(
             mask_strides,
             seqlen_q,
             seqlen_k,
+            low,
+            high,
             MASK,
-            CAUSAL,
+            LOW,
+            HIGH,
             EDGE,
         )
         p, correction, row_max, row_sum = softmax_step(s, row_max, row_sum, MASK)
@@ -119,14 +130,19 @@ def forward(
     mask_strides,
     out_strides,
     nheads,
+    group,
+    factor_group,
     seqlen_q,
     seqlen_k,
+    low,
+    high,
     factor_columns,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -135,13 +151,14 @@ def forward(
     BLOCK_DV: tl.constexpr,
 ):
     """Computes BLOCK_M rows of O and LSE of one (batch, head)."""
-    tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, CAUSAL)
+    tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, HIGH and not LOW)
+    kv_head = head // group
     start_q = tile * BLOCK_M
     offsets_q = start_q + tl.arange(0, BLOCK_M)
 
     q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
-    k_base = k_ptr + batch * k_strides[0] + head * k_strides[2]
-    v_base = v_ptr + batch * v_strides[0] + head * v_strides[2]
+    k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[2]
+    v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[2]
     mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
     k_source = tile_source(k_base, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     v_source = tile_source(v_base, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, DESCRIPTORS)
@@ -152,7 +169,7 @@ def forward(
     k_factor_source = k_source
     if RANK > 0:
         q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
-        k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head * k_factor_strides[2]
+        k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
         k_factor_source = tile_source(
             k_factor_base, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, DESCRIPTORS
         )
@@ -160,19 +177,16 @@ def forward(
             q_factor_base, start_q, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, False, False, True
         )
 
-    # Keys 0 … edge fill whole tiles that every row sees; the rest, up to end, need masks.
-    end = seqlen_k
-    edge = seqlen_k // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(seqlen_k, start_q + BLOCK_M)
-        edge = tl.minimum(edge, start_q // BLOCK_N * BLOCK_N)
-
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    begin, full_first, full_last, end = band_tiles(start_q, seqlen_k, low, high, LOW, HIGH, BLOCK_M, BLOCK_N)
+    width = full_last - full_first
     for EDGE in tl.static_range(2):
-        first = edge if EDGE else 0
-        last = end if EDGE else edge
+        # Without a lower bound begin is full_first, and the edge loop starts at full_last.
+        edge_first, edge_last = (begin, end - width) if LOW else (full_last, end)
+        first = edge_first if EDGE else full_first
+        last = edge_last if EDGE else full_last
         acc, row_max, row_sum = attend(
             (acc, row_max, row_sum),
             q,
@@ -188,14 +202,19 @@ def forward(
             offsets_q,
             first,
             last,
+            full_first,
+            width,
             seqlen_q,
             seqlen_k,
+            low,
+            high,
             factor_columns,
             scale,
             HEAD_DIM,
             VALUE_DIM,
             RANK,
-            CAUSAL,
+            LOW,
+            HIGH,
             MASK,
             DESCRIPTORS,
             BLOCK_N,

@@ -54,6 +54,38 @@ def program_tile(num_tiles, nheads, REVERSED: tl.constexpr):
 
 
 @triton.jit
+def band_tiles(
+    start, length, low, high, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Returns (begin, full_first, full_last, end): which positions t rows start … start+ROWS see, in tiles of BLOCK.
+
+    A row r sees -low <= t - r <= high, as far as ``LOW`` and ``HIGH`` say that there is a bound, and t < length.
+    Tiles in full_first … full_last are seen by every row and lie within ``length``; those in begin … full_first and
+    full_last … end are not, or not surely.
+    """
+    begin = 0
+    full_first = 0
+    if LOW:
+        begin = tl.maximum(start - low, 0) // BLOCK * BLOCK
+        full_first = tl.cdiv(tl.maximum(start + ROWS - 1 - low, 0), BLOCK) * BLOCK
+    end = length
+    full_last = length // BLOCK * BLOCK
+    if HIGH:
+        end = tl.minimum(length, start + ROWS + high)
+        full_last = tl.minimum(full_last, tl.maximum(start + high + 1, 0) // BLOCK * BLOCK)
+    full_last = tl.maximum(full_last, begin)
+    return begin, tl.minimum(full_first, full_last), full_last, end
+
+
+@triton.jit
+def skipping(start, hole, width, HOLE: tl.constexpr):
+    """Returns ``start``, moved past ``width`` positions from ``hole`` on: an edge loop walks both sides of the full tiles."""
+    if HOLE:
+        start += tl.where(start < hole, 0, width)
+    return start
+
+
+@triton.jit
 def tile_source(
     base,
     stride,
@@ -173,13 +205,16 @@ def masked(
     mask_strides,
     seqlen_q,
     seqlen_k,
+    low,
+    high,
     MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Returns scores with the mask applied and excluded positions at -inf; ``rows`` and ``columns`` broadcast.
 
-    ``EDGE`` marks tiles that reach past the last key or over the causal diagonal.
+    ``EDGE`` marks tiles that reach past the last key or over an edge of the band -low <= column - row <= high.
     """
     if MASK != MASK_NONE:
         pointers = mask_base + rows.to(tl.int64) * mask_strides[2] + columns.to(tl.int64) * mask_strides[3]
@@ -191,8 +226,10 @@ def masked(
             s += finite(values).to(tl.float32)
     if EDGE:
         visible = columns < seqlen_k
-        if CAUSAL:
-            visible = visible & (columns <= rows)
+        if HIGH:
+            visible = visible & (columns - rows <= high)
+        if LOW:
+            visible = visible & (rows - columns <= low)
         s = tl.where(visible, s, -float("inf"))
     return s
 

@@ -7,19 +7,24 @@ the number of 128-row query tiles per multiprocessor, so that one tuned problem 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Final, Literal
+from dataclasses import replace
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from autotune.device import DeviceInfo
 from cache_db.models import Layout, Problem
+from flashbias.band import Band
+from flashbias.band import band as band_of
+from flashbias.kernels.factors import Packing
 
-Gradient = Literal["q", "k", "v", "q_bias", "k_bias"]
-GRADIENTS: Final[tuple[Gradient, ...]] = ("q", "k", "v", "q_bias", "k_bias")
+Gradient = Literal["q", "k", "v", "q_bias", "k_bias", "mask"]
+GRADIENTS: Final[tuple[Gradient, ...]] = ("q", "k", "v", "q_bias", "k_bias", "mask")
 MaskKind = Literal["none", "bool", "float16", "bfloat16", "float32", "float64"]
+MaskDims = Literal["matrix", "keys", "queries", "scalar"]
 SPEC: Final = "flashbias.kernels.spec:ATTENTION"
-MAX_HEAD_DIM: Final = 128
-MAX_RANK: Final = 128
+MAX_HEAD_DIM: Final = 256
+MAX_RANK: Final = 256
 SOFT_FIELDS: Final = frozenset({"seqlen_q", "seqlen_k", "occupancy"})
 _OCCUPANCY_ROWS: Final = 128
 
@@ -30,38 +35,82 @@ Length = Annotated[int, Field(ge=1)]
 class Shape(BaseModel):
     """One attention call's sizes and kinds, as a shapes file or a call states them.
 
-    ``rank`` is 0 without a bias; ``grads`` names the inputs that want a gradient, none
-    for inference; without a bias its factors are not among them;
-    ``layout`` is "strided" when any pointer or stride of q, k, v is not a multiple of 16 bytes.
+    ``nheads_kv`` is the number of heads of k and v (``nheads`` by default); ``rank`` is 0 without a bias, and
+    ``factor_dtype`` its precision (``dtype`` by default); ``causal`` and ``window`` are those of the operator;
+    ``mask_dims`` says which of the scores' dims the mask has: both, keys, queries or none. ``grads`` names the inputs
+    that want a gradient, none for inference; what a call does not have is not among them. ``layout`` is "strided"
+    when any pointer or stride of q, k, v is not a multiple of 16 bytes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch: Length
     nheads: Length
+    nheads_kv: Length | None = None
     seqlen_q: Length
     seqlen_k: Length
     headdim: Dim
     value_dim: Dim | None = None
     rank: Annotated[int, Field(ge=0, le=MAX_RANK)] = 0
-    causal: bool = False
+    factor_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    causal: bool | Literal["bottom_right"] = False
+    window: tuple[int, int] = (-1, -1)
     dtype: Literal["float16", "bfloat16"] = "float16"
     mask: MaskKind = "none"
+    mask_dims: MaskDims = "matrix"
     grads: tuple[Gradient, ...] = ()
     layout: Layout = "aligned"
 
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        """Refuses head counts and factors that do not fit together."""
+        if self.nheads % self.kv_heads:
+            raise ValueError(f"nheads {self.nheads} must be a multiple of nheads_kv {self.kv_heads}")
+        if self.factor_dtype not in (None, self.dtype, "float32"):
+            raise ValueError(f"factor_dtype must be {self.dtype} or float32")
+        if self.rank and self.packing.used > MAX_RANK:
+            raise ValueError(
+                f"rank {self.rank} in {self.factor_dtype} needs {self.packing.used} packed columns, at most {MAX_RANK}"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Returns the number of heads of k and v."""
+        return self.nheads_kv or self.nheads
+
+    @property
+    def packing(self) -> Packing:
+        """Returns how this call's factors are packed for its backward."""
+        return packing(self.rank, self.dtype, split=self.factor_dtype == "float32", grads=self.grads)
+
+    @property
+    def band(self) -> Band:
+        """Returns the diagonals seen."""
+        return band_of(self.causal, self.window, self.seqlen_q, self.seqlen_k)
+
+
+def packing(rank: int, dtype: str, *, split: bool, grads: Collection[str]) -> Packing:
+    """Returns how factors are packed for the backward of a call that wants ``grads``.
+
+    Its k_factor has a column of ones if dq_bias is wanted, which recentres that gradient for free; a rank that fills
+    its packed width leaves no column for it, and costs two small products more.
+    """
+    plain = Packing(dtype, rank, split)
+    return replace(plain, ones_column="q_bias" in grads and 0 < plain.used < packed_rank(plain.used))
+
 
 def packed_rank(rank: int) -> int:
-    """Returns the width a factor is packed to: 0, 16, 32, 64 or 128 columns."""
+    """Returns the width that ``rank`` columns are computed with: 0, 16, 32, 64, 128 or 256."""
     return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
 
 
-def has_ones_column(rank: int, grads: Collection[str]) -> bool:
-    """Returns whether the backward's packed k_factor has a column of ones, which recentres dq_bias for free.
-
-    A rank that fills its packed width leaves no column for it, and costs two small products more.
-    """
-    return "q_bias" in grads and 0 < rank < packed_rank(rank)
+def window_bucket(band: Band, seqlen_k: int) -> int:
+    """Returns the bucket of the number of keys a row sees where it has a lower bound, 0 where it has none."""
+    if band.low is None:
+        return 0
+    width = seqlen_k if band.high is None else band.low + band.high + 1
+    return bucket(min(max(width, 1), seqlen_k))
 
 
 def bucket(seqlen: int) -> int:
@@ -75,14 +124,19 @@ def occupancy(batch: int, nheads: int, seqlen_q: int, sm_count: int) -> str:
     return "<1" if tiles < 1 else "1-4" if tiles <= 4 else ">4"
 
 
-def problem(shape: Shape, device: DeviceInfo) -> Problem:
-    """Returns the tuning problem that ``shape`` belongs to on ``device``."""
+def problem(shape: Shape, device: DeviceInfo, band: Band | None = None) -> Problem:
+    """Returns the tuning problem that ``shape`` belongs to on ``device``; ``band`` overrides its causal and window."""
     from flashbias.kernels.spec import source
 
+    band = band or shape.band
     value_dim = shape.value_dim or shape.headdim
     # Results are contiguous: their rows are whole 16-byte steps only if the head dims are.
     aligned = shape.layout == "aligned" and shape.headdim % 8 == 0 and value_dim % 8 == 0
-    present = GRADIENTS if shape.rank else GRADIENTS[:3]
+    additive = shape.mask not in ("none", "bool")
+    absent = {"q_bias", "k_bias"} if not shape.rank else set()
+    grads = [name for name in GRADIENTS if name in shape.grads and name not in absent]
+    if not additive:
+        grads = [name for name in grads if name != "mask"]
     return Problem(
         spec=SPEC,
         gpu_name=device.name,
@@ -96,15 +150,17 @@ def problem(shape: Shape, device: DeviceInfo) -> Problem:
             "dtype": shape.dtype,
             "head_dim": shape.headdim,
             "value_dim": value_dim,
-            "rank_dim": packed_rank(shape.rank),
-            "ones_column": has_ones_column(shape.rank, shape.grads),
-            "causal": shape.causal,
+            "rank_dim": packed_rank(shape.packing.used),
+            "ones_column": shape.packing.ones_column,
+            "causal": band.high is not None,
+            "window": window_bucket(band, shape.seqlen_k),
             "mask": shape.mask,
-            "gqa_group": 1,
+            "mask_dims": "none" if shape.mask == "none" else shape.mask_dims,
+            "gqa_group": shape.nheads // shape.kv_heads,
             "varlen": False,
-            "factor_dtype": shape.dtype if shape.rank else "none",
-            "factor_parts": 1,
-            "grads": ",".join(name for name in present if name in shape.grads),
+            "factor_dtype": (shape.factor_dtype or shape.dtype) if shape.rank else "none",
+            "factor_parts": shape.packing.blocks if shape.rank else 0,
+            "grads": ",".join(grads),
             "precision": "default",
             "deterministic": True,
             "seqlen_q": bucket(shape.seqlen_q),

@@ -9,7 +9,7 @@ from autotune.device import DeviceInfo
 from cache_db.models import Config, Problem, Scalar
 
 IMPLEMENTATION: Final = "triton"
-KERNELS: Final = ("forward", "backward_dq", "backward_dkdv")
+KERNELS: Final = ("forward", "backward_dq", "backward_dkdv", "backward_mask")
 POINTERS: Final = "pointers"
 DESCRIPTORS: Final = "descriptors"
 
@@ -43,15 +43,19 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
     if device.interpreted:
         return [config(POINTERS, 32, 32, 4, 1), config(DESCRIPTORS, 32, 32, 4, 1), config(POINTERS, 16, 32, 4, 1)]
     blocks = [(128, 128), (128, 64), (64, 128), (64, 64)]
-    if problem.fields["occupancy"] == "<1" or int(problem.fields["head_dim"]) > 64:
+    dim = max(padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"])))
+    if problem.fields["occupancy"] == "<1" or dim > 64:
         blocks += [(64, 32), (32, 64)]
+    if dim > 128:
+        blocks += [(32, 32), (64, 16), (16, 64)]
     found = [
         config(variant, block_m, block_n, num_warps, num_stages)
         for (block_m, block_n), variant, num_warps, num_stages in product(
             blocks, (DESCRIPTORS, POINTERS), (4, 8), (3, 2)
         )
-        # 8 warps split a tile of 64 rows into halves that wgmma cannot use; they never won there.
-        if num_warps == 4 or block_m * block_n >= 128 * 64
+        # 8 warps split a tile of 64 rows into halves that wgmma cannot use; they never won there, unless a head is so
+        # wide that 4 warps have no registers for it.
+        if num_warps == 4 or block_m * block_n >= 128 * 64 or (dim > 128 and block_m * block_n >= 64 * 32)
     ]
     # Large tiles of few warps take longest to compile: first in line, they do not keep one core busy at the end.
     return sorted(found, key=lambda each: -_scores_per_warp(each))
@@ -61,7 +65,10 @@ def default(kernel: str, problem: Problem, device: DeviceInfo) -> Config:
     """Returns the conservative config: pointers, small tiles, 4 warps; right wherever it compiles."""
     if device.interpreted:
         return config(POINTERS, 32, 32, 4, 1)
-    wide = padded(int(problem.fields["head_dim"])) > 64 or int(problem.fields["rank_dim"]) > 32
+    dim = max(padded(int(problem.fields[name])) for name in ("head_dim", "value_dim", "rank_dim"))
+    if dim > 128:
+        return config(POINTERS, 32, 32, 4, 1)
+    wide = dim > 64 or int(problem.fields["rank_dim"]) > 32
     return config(POINTERS, 64, 32 if wide else 64, 4, 2 if kernel == "forward" else 1)
 
 
@@ -78,7 +85,7 @@ def rejects(kernel: str, candidate: Config, problem: Problem, device: DeviceInfo
     if len(candidate.params) != len(_PARAMS):
         return f"params must be exactly {', '.join(_PARAMS)}"
     if candidate.variant == DESCRIPTORS:
-        reason = _descriptor_reason(problem, device)
+        reason = _descriptor_reason(kernel, problem, device)
         if reason:
             return reason
     if device.interpreted:
@@ -92,7 +99,9 @@ def rejects(kernel: str, candidate: Config, problem: Problem, device: DeviceInfo
     return None
 
 
-def _descriptor_reason(problem: Problem, device: DeviceInfo) -> str | None:
+def _descriptor_reason(kernel: str, problem: Problem, device: DeviceInfo) -> str | None:
+    if kernel == "backward_mask":
+        return "this kernel has no descriptors"
     if problem.layout != "aligned":
         return "descriptors need 16-byte aligned pointers and strides"
     if not device.interpreted and device.capability < (9, 0):
@@ -111,6 +120,8 @@ def _values_per_thread(kernel: str, candidate: Config, problem: Problem) -> int:
         values = block_m * (block_n + value_dim)
     elif kernel == "backward_dq":
         values = block_m * (2 * block_n + dim)
+    elif kernel == "backward_mask":
+        values = block_m * 3 * block_n
     else:
         values = block_n * (2 * block_m + dim + value_dim)
     return values // (32 * int(candidate.params["num_warps"]))

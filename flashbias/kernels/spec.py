@@ -1,8 +1,8 @@
 """Attention as a KernelSpec: what the tuner must know to search, time and prove its kernels.
 
 The gate compares one kernel's outputs at a time: ``out`` and ``lse`` of the forward, ``delta``, ``dq`` and
-``dq_bias`` of one backward pass, ``dk``, ``dv`` and ``dk_bias`` of the other. Factor gradients leave the kernels
-in fp32 for every (batch, head); the launcher sums them over broadcast dims.
+``dq_bias`` of one backward pass, ``dk``, ``dv`` and ``dk_bias`` of another, ``dmask`` of the last. Factor gradients
+are those of every (batch, query head) in fp32; the launcher sums them over broadcast dims.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import replace
+from typing import Final, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,13 +21,24 @@ from autotune.source import source_hash
 from autotune.spec import Case, Reference, Rule, Tensors, TensorSpec
 from cache_db.models import Config, Problem
 from flashbias import reference
-from flashbias.kernels import arguments, cases, space
+from flashbias.band import Band
+from flashbias.kernels import arguments, cases, factors, space
 from flashbias.kernels.arguments import Sizes
 from flashbias.kernels.binding import Binary
-from flashbias.kernels.packing import pack
-from flashbias.kernels.problem import SOFT_FIELDS, wanted
+from flashbias.kernels.factors import Packing
+from flashbias.kernels.problem import GRADIENTS, SOFT_FIELDS, wanted
 
-_Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool, float]
+_Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Band, float]
+
+
+class _How(TypedDict):
+    """How the reference computes gradients here."""
+
+    compute_dtype: torch.dtype
+    wanted: reference.Wanted
+    dlse: Tensor | None
+
+
 _QUERY_GRADIENTS: Final = ("q", "q_bias")
 _KEY_GRADIENTS: Final = ("k", "v", "k_bias")
 
@@ -34,14 +46,7 @@ _KEY_GRADIENTS: Final = ("k", "v", "k_bias")
 @functools.cache
 def source() -> str:
     """Returns the hash of everything that decides what the kernels compute."""
-    return source_hash([*arguments.FUNCTIONS.values(), pack, *arguments.HOST_FUNCTIONS])
-
-
-def sizes_of(inputs: Tensors) -> Sizes:
-    """Returns the sizes of a case's inputs."""
-    batch, seqlen_q, nheads, _ = inputs["q"].shape
-    rank = inputs["q_bias"].shape[3] if "q_bias" in inputs else 0
-    return Sizes(batch, nheads, seqlen_q, inputs["k"].shape[1], rank)
+    return source_hash([*arguments.FUNCTIONS.values(), *factors.FUNCTIONS, *arguments.HOST_FUNCTIONS])
 
 
 def softmax_scale(problem: Problem) -> float:
@@ -57,13 +62,15 @@ class AttentionSpec:
         gradients = wanted(problem)
         if not gradients:
             return ("forward",)
-        # delta, which both passes need, comes out of backward_dq even where no query gradient is wanted.
-        return ("forward", "backward_dq", *(["backward_dkdv"] if gradients & set(_KEY_GRADIENTS) else []))
+        # delta, which every pass needs, comes out of backward_dq even where no query gradient is wanted.
+        dkdv = ("backward_dkdv",) if gradients & set(_KEY_GRADIENTS) else ()
+        mask = ("backward_mask",) if "mask" in gradients else ()
+        return ("forward", "backward_dq", *dkdv, *mask)
 
     def depends_on(self, kernel: str, problem: Problem) -> tuple[str, ...]:
         """Returns the kernels whose outputs ``kernel`` reads."""
         del problem
-        return {"forward": (), "backward_dq": ("forward",), "backward_dkdv": ("forward", "backward_dq")}[kernel]
+        return {"forward": (), "backward_dq": ("forward",)}.get(kernel, ("forward", "backward_dq"))
 
     def soft_fields(self) -> frozenset[str]:
         """Returns the size buckets: a neighbour may differ in them."""
@@ -89,34 +96,47 @@ class AttentionSpec:
         """Returns the buffers ``kernel`` fills: (B, S, H, D) like the inputs, row values (B, H, Sq) in fp32."""
         fields, gradients = problem.fields, wanted(problem)
         dtype = getattr(torch, str(fields["dtype"]))
-        batch, nheads, rank = (int(case.sizes[name]) for name in ("batch", "nheads", "rank"))
+        batch, nheads, nheads_kv, rank = (int(case.sizes[name]) for name in ("batch", "nheads", "nheads_kv", "rank"))
         rows = {"q": int(case.sizes["seqlen_q"]), "k": int(case.sizes["seqlen_k"])}
         head_dim, value_dim = int(fields["head_dim"]), int(fields["value_dim"])
         row_values = TensorSpec.contiguous((batch, nheads, rows["q"]), torch.float32)
         if kernel == "forward":
             out = TensorSpec.contiguous((batch, rows["q"], nheads, value_dim), dtype)
             return {"out": out, "lse": row_values}
+        if kernel == "backward_mask":
+            return {
+                "dmask": TensorSpec.contiguous(cases.mask_shape(problem, case), getattr(torch, str(fields["mask"])))
+            }
         side = "q" if kernel == "backward_dq" else "k"
         found = {"delta": row_values} if side == "q" else {}
-        dims = {"q": head_dim, "k": head_dim, "v": value_dim, "q_bias": rank, "k_bias": rank}
+        dims = {"q": (nheads, head_dim), "k": (nheads_kv, head_dim), "v": (nheads_kv, value_dim)}
         for name in _QUERY_GRADIENTS if side == "q" else _KEY_GRADIENTS:
             if name in gradients:
-                shape = (batch, rows[side], nheads, dims[name])
+                shape = (batch, rows[side], *dims.get(name, (nheads, rank)))
                 found[f"d{name}"] = TensorSpec.contiguous(shape, torch.float32 if "bias" in name else dtype)
         return found
 
     def scratch(self, kernel: str, problem: Problem, config: Config, case: Case) -> dict[str, TensorSpec]:
-        """Returns room for the packed factors."""
+        """Returns room for the packed factors, what balances them, and the gradients of their packed columns."""
         del config
         if not problem.fields["rank_dim"]:
             return {}
-        width = arguments.packed_columns(int(case.sizes["rank"]), _ones_column(kernel, problem))
-        batch, nheads = int(case.sizes["factor_batch"]), int(case.sizes["factor_nheads"])
-        dtype = getattr(torch, str(problem.fields["dtype"]))
-        return {
-            name: TensorSpec.contiguous((batch, int(case.sizes[length]), nheads, width), dtype)
+        sizes = case.sizes
+        packing = _packing(kernel, problem, int(sizes["rank"]))
+        dtype = getattr(torch, packing.dtype)
+        found = {
+            name: TensorSpec.contiguous(
+                (int(sizes["factor_batch"]), int(sizes[length]), int(sizes[f"{name}_nheads"]), packing.columns), dtype
+            )
             for name, length in (("q_factor", "seqlen_q"), ("k_factor", "seqlen_k"))
         }
+        if packing.balanced:
+            found["peaks"] = TensorSpec.contiguous((2, packing.rank), torch.int32)
+        side = {"backward_dq": "q", "backward_dkdv": "k"}.get(kernel)
+        if packing.split and side and f"{side}_bias" in wanted(problem):
+            shape = (int(sizes["batch"]), int(sizes[f"seqlen_{side}"]), int(sizes["nheads"]), packing.used)
+            found[f"d{side}_packed"] = TensorSpec.contiguous(shape, torch.float32)
+        return found
 
     def candidates(self, kernel: str, problem: Problem, device: DeviceInfo) -> Sequence[Config]:
         """Returns every config worth trying."""
@@ -138,23 +158,35 @@ class AttentionSpec:
     def launch(
         self, kernel: str, compiled: Binary, problem: Problem, inputs: Tensors, outputs: Tensors, scratch: Tensors
     ) -> None:
-        """Packs the factors where needed and enqueues one run, as the launcher does."""
-        sizes = sizes_of(inputs)
+        """Packs the factors where needed, enqueues one run, and gathers the gradients of split factors, as the launcher does."""
+        sizes = sizes_of(problem, inputs)
         tensors = {**inputs, **outputs}
+        packed = None
         if scratch:
-            ones_column = _ones_column(kernel, problem)
-            tensors |= arguments.factors(inputs["q_bias"], inputs["k_bias"], ones_column, lambda name, _: scratch[name])
+            packing = _packing(kernel, problem, inputs["q_bias"].shape[3])
+            packed = factors.prepare(inputs["q_bias"], inputs["k_bias"], packing, lambda name, *_: scratch[name])
+            tensors |= {"q_factor": packed.q_factor, "k_factor": packed.k_factor}
+            tensors |= {f"d{side}_bias": scratch[f"d{side}_packed"] for side in "qk" if f"d{side}_packed" in scratch}
+            sizes = replace(sizes, columns=packing.used)
         if "mask" in inputs:
             tensors["mask"] = arguments.as_bytes(inputs["mask"], sizes)
         arguments.launch_kernel(kernel, compiled, tensors, sizes, softmax_scale(problem))
+        for side in "qk":
+            if packed is not None and f"d{side}_packed" in scratch:
+                outputs[f"d{side}_bias"].copy_(packed.gradient(side, scratch[f"d{side}_packed"]))
 
     def oracle(self, problem: Problem, inputs: Tensors) -> dict[str, Reference]:
         """Returns every output in fp64, and the same sums over absolute values."""
-        call, dout = _call(problem, inputs), inputs["dout"]
+        call, dout, dlse = _call(problem, inputs), inputs["dout"], inputs.get("dlse")
         out, lse = reference.forward(*call, compute_dtype=torch.float64)
-        gradients = reference.backward(dout, *call, out, lse, compute_dtype=torch.float64)
-        sizes = reference.magnitudes(dout, *call, out, lse, compute_dtype=torch.float64)
-        found = {"out": Reference(out, sizes[0]), "lse": Reference(lse), "delta": Reference(_delta(out, dout))}
+        how: _How = {"compute_dtype": torch.float64, "wanted": _flags(problem), "dlse": dlse}
+        gradients = reference.backward(dout, *call, out, lse, **how)
+        sizes = reference.magnitudes(dout, *call, out, lse, **how)
+        found = {
+            "out": Reference(out, sizes[0]),
+            "lse": Reference(lse),
+            "delta": Reference(_delta(out, dout, lse, dlse)),
+        }
         for name, value, size in zip(gradients._fields, gradients, sizes[1:], strict=True):
             if value is not None:
                 found[name] = Reference(value, size)
@@ -162,13 +194,12 @@ class AttentionSpec:
 
     def ideal(self, problem: Problem, inputs: Tensors) -> Tensors:
         """Returns every output as the ideal 16-bit kernel gives it: P and dS rounded once, outputs rounded once."""
-        call, dout = _call(problem, inputs), inputs["dout"]
+        call, dout, dlse = _call(problem, inputs), inputs["dout"], inputs.get("dlse")
         dtype = inputs["q"].dtype
         out, lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
-        gradients = reference.backward(
-            dout, *call, out, lse, compute_dtype=torch.float32, round_to=dtype, recentre=True
-        )
-        found = {"out": out, "lse": lse, "delta": _delta(out.float(), dout.float())}
+        how: _How = {"compute_dtype": torch.float32, "wanted": _flags(problem), "dlse": dlse}
+        gradients = reference.backward(dout, *call, out, lse, round_to=dtype, recentre=True, **how)
+        found = {"out": out, "lse": lse, "delta": _delta(out.float(), dout.float(), lse, dlse)}
         found.update({name: value for name, value in gradients._asdict().items() if value is not None})
         return found
 
@@ -184,27 +215,47 @@ class AttentionSpec:
         return dtype
 
 
-def _ones_column(kernel: str, problem: Problem) -> bool:
-    """Returns whether ``kernel`` is given a k_factor with a column of ones: both backward passes share one copy."""
-    return kernel != "forward" and bool(problem.fields["ones_column"])
+def sizes_of(problem: Problem, inputs: Tensors) -> Sizes:
+    """Returns the sizes of a case's inputs."""
+    batch, seqlen_q, nheads, _ = inputs["q"].shape
+    columns = inputs["q_bias"].shape[3] if "q_bias" in inputs else 0
+    nheads_kv, seqlen_k = inputs["k"].shape[2], inputs["k"].shape[1]
+    band = cases.band_of(problem, seqlen_q, seqlen_k)
+    return Sizes(batch, nheads, nheads_kv, seqlen_q, seqlen_k, columns, band)
 
 
-def _delta(out: Tensor, dout: Tensor) -> Tensor:
-    """Returns rowsum(O ∘ dO) as (B, H, Sq)."""
-    return (out * dout).sum(-1).transpose(1, 2)
+def _packing(kernel: str, problem: Problem, rank: int) -> Packing:
+    """Returns how ``kernel`` is given its factors; every pass of the backward shares one packing."""
+    fields = problem.fields
+    split = fields["factor_dtype"] != fields["dtype"]
+    return Packing(str(fields["dtype"]), rank, split, kernel != "forward" and bool(fields["ones_column"]))
+
+
+def _flags(problem: Problem) -> reference.Wanted:
+    """Returns the wanted gradients in the order of the reference."""
+    q, k, v, q_bias, k_bias, mask = (name in wanted(problem) for name in GRADIENTS)
+    return q, k, v, q_bias, k_bias, mask
+
+
+def _delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+    """Returns rowsum(O ∘ dO) - dLSE as (B, H, Sq); a row without a key has no dLSE."""
+    delta = (out * dout).sum(-1).transpose(1, 2)
+    return delta if dlse is None else delta - torch.where(lse == -torch.inf, 0.0, dlse.to(delta.dtype))
 
 
 def _call(problem: Problem, inputs: Tensors) -> _Call:
     """Returns the reference's arguments, factors expanded so that their gradients are those of every (batch, head)."""
-    sizes = sizes_of(inputs)
-    factors: list[Tensor | None] = [None, None]
+    sizes = sizes_of(problem, inputs)
+    group = sizes.nheads // sizes.nheads_kv
+    both: list[Tensor | None] = [None, None]
     for index, name in enumerate(("q_bias", "k_bias")):
         if name in inputs:
             factor = inputs[name]
-            factors[index] = factor.expand(sizes.batch, factor.shape[1], sizes.nheads, sizes.rank)
+            if 1 < factor.shape[2] < sizes.nheads:
+                factor = factor.repeat_interleave(group, dim=2)
+            both[index] = factor.expand(sizes.batch, factor.shape[1], sizes.nheads, factor.shape[3])
     scale = softmax_scale(problem)
-    causal = bool(problem.fields["causal"])
-    return inputs["q"], inputs["k"], inputs["v"], factors[0], factors[1], inputs.get("mask"), causal, scale
+    return inputs["q"], inputs["k"], inputs["v"], both[0], both[1], inputs.get("mask"), sizes.band, scale
 
 
 ATTENTION: Final = AttentionSpec()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashbias import errors
+from flashbias import errors, validation
 from flashbias.api import flash_bias_func
 from flashbias.errors import ArgumentError, FlashBiasError, UnsupportedError
 from tests.flashbias.cases import CALLS, Call, make, naive
@@ -51,9 +51,16 @@ class TestAllowed:
         """The eight arguments come in upstream's order, so its callers need not change."""
         names = ["q", "k", "v", "q_bias", "k_bias", "mask", "causal", "softmax_scale"]
         parameters = inspect.signature(flash_bias_func).parameters
-        assert list(parameters) == names
-        assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+        assert list(parameters)[:8] == names
+        assert all(parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in names)
         assert [parameters[name].default for name in names[3:]] == [None, None, None, False, None]
+
+    def test_everything_after_the_scale_is_keyword_only(self) -> None:
+        """What upstream does not have is given by name, and left out changes nothing."""
+        added = list(inspect.signature(flash_bias_func).parameters.values())[8:]
+        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in added)
+        defaults = {parameter.name: parameter.default for parameter in added}
+        assert defaults == {"window_size": (-1, -1), "return_lse": False, "deterministic": None, "dropout_p": 0.0}
 
     def test_default_scale_is_inverse_root_of_head_dim(self) -> None:
         """Without softmax_scale the scores are scaled by 1/sqrt(D)."""
@@ -81,6 +88,10 @@ class TestAllowed:
         expected = flash_bias_func(*call.arguments[:6], bool(causal), float(scale))
         assert torch.equal(flash_bias_func(*call.arguments[:6], causal, scale), expected)
 
+    def test_no_dropout_is_allowed(self) -> None:
+        """A dropout of 0 is none."""
+        assert torch.equal(flash_bias_func(**arguments(), dropout_p=0), flash_bias_func(**arguments()))
+
     @pytest.mark.parametrize("shape", [(), (7,), (5, 1), (5, 7), (4, 1, 7), (1, 1, 5, 7), (2, 4, 5, 7), (2, 1, 1, 1)])
     def test_masks_broadcast_from_the_right(self, shape: tuple[int, ...]) -> None:
         """A mask of up to four dims is aligned right to (B, H, Sq, Sk)."""
@@ -104,36 +115,62 @@ class TestAllowed:
         assert [g.shape for g in gradients] == [t.shape for t in inputs]
         assert not any(g.any() for g in gradients)
 
-    def test_mask_with_gradient_runs_where_nobody_asks_for_it(self) -> None:
-        """Under no_grad a mask that requires grad is a mask like any other."""
-        mask = torch.zeros(5, 7, requires_grad=True)
-        with torch.no_grad():
-            assert flash_bias_func(**arguments(mask=mask)).shape == (2, 5, 4, 8)
+    def test_lse_is_returned_where_asked_for(self) -> None:
+        """With return_lse the result is a pair, whose first is the result without."""
+        call = make(mask="dead", dtype=torch.float32)
+        out, lse = flash_bias_func(*call.arguments, return_lse=True)
+        assert torch.equal(out, flash_bias_func(*call.arguments))
+        assert lse.shape == (2, 3, 13)
+        assert lse.dtype == torch.float32
+        assert bool((lse[:, :, [0, 6]] == -math.inf).all())
 
 
 zeros = torch.zeros
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "not a tensor": ({"q": [1.0]}, ["q", "a tensor (B, Sq, H, D)", "list"]),
-    "three dims": ({"k": zeros(7, 4, 8)}, ["k", "4 dims (B, Sk, H, D)", "(7, 4, 8)", "unsqueeze"]),
+    "three dims": ({"k": zeros(7, 4, 8)}, ["k", "4 dims (B, Sk, Hkv, D)", "(7, 4, 8)", "unsqueeze"]),
     "five dims": ({"q_bias": zeros(1, 2, 5, 4, 3)}, ["q_bias", "4 dims (B or 1, Sq, H or 1, R)", "(1, 2, 5, 4, 3)"]),
     "sparse": ({"v": zeros(2, 7, 4, 8).to_sparse()}, ["v", "dense", "sparse_coo"]),
     "integer q": ({"q": zeros(2, 5, 4, 8, dtype=torch.int32)}, ["q", "float16 or bfloat16", "int32", "Cast"]),
     "complex q": ({"q": zeros(2, 5, 4, 8, dtype=torch.complex64)}, ["q", "float16 or bfloat16", "complex64"]),
     "mixed dtypes": ({"k": zeros(2, 7, 4, 8).half()}, ["k", "float32 as q", "float16", "k.to(q.dtype)"]),
-    "integer factor": ({"k_bias": zeros(2, 7, 4, 3).long()}, ["k_bias", "float32 as q", "int64", "k_bias.to(q.dtype)"]),
+    "integer factor": ({"k_bias": zeros(2, 7, 4, 3).long()}, ["k_bias", "float32 as q", "int64", "k_bias.float()"]),
+    "narrower factor": ({"q_bias": zeros(2, 5, 4, 3).half()}, ["q_bias", "float32 as q, float32 or", "float16"]),
+    "the other 16-bit factor": (
+        {name: tensor.half() for name, tensor in arguments().items()} | {"k_bias": zeros(2, 7, 4, 3).bfloat16()},
+        ["k_bias", "float16 as q, float32 or float64", "bfloat16", "k_bias.float()"],
+    ),
+    "factors of two dtypes": (
+        {"k_bias": zeros(2, 7, 4, 3).double()},
+        ["k_bias", "float32 as q_bias", "float64", "Cast the narrower of the two"],
+    ),
     "device": ({"v": zeros(2, 7, 4, 8, device="meta")}, ["v", "cpu as q", "meta", "v.to(q.device)"]),
     "factor device": ({"q_bias": zeros(2, 5, 4, 3, device="meta")}, ["q_bias", "cpu as q", "meta"]),
     "mask device": ({"mask": zeros(5, 7, device="meta")}, ["mask", "cpu as q", "meta"]),
     "batch of k": ({"k": zeros(3, 7, 4, 8)}, ["k", "batch (dim 0) 2 as in q", "3 in shape (3, 7, 4, 8)"]),
     "batch of v": ({"v": zeros(1, 7, 4, 8)}, ["v", "batch (dim 0) 2 as in q", "1 in shape"]),
-    "heads of k": ({"k": zeros(2, 7, 3, 8)}, ["k", "4 heads (dim 2) as in q", "3 in shape", "transpose(1, 2)"]),
+    "heads of k": (
+        {"k": zeros(2, 7, 3, 8)},
+        ["k", "4 heads (dim 2) as in q, or a divisor", "3 in shape", "transpose(1, 2)"],
+    ),
+    "more heads of k": ({"k": zeros(2, 7, 8, 8)}, ["k", "4 heads (dim 2) as in q, or a divisor", "8 in shape"]),
+    "no heads of k": ({"k": zeros(2, 7, 0, 8)}, ["k", "4 heads (dim 2) as in q, or a divisor", "0 in shape"]),
+    "heads of v": ({"v": zeros(2, 7, 2, 8)}, ["v", "heads (dim 2) 4 as in k", "2 in shape"]),
+    "heads of k_bias in a group": (
+        {"q": zeros(2, 5, 8, 8), "q_bias": zeros(2, 5, 8, 3), "k_bias": zeros(2, 7, 2, 3)},
+        ["k_bias", "heads 1 or (dim 2) 8 as in q", "2 in shape"],
+    ),
+    "heads of q_bias in a group": (
+        {"q": zeros(2, 5, 8, 8), "q_bias": zeros(2, 5, 4, 3)},
+        ["q_bias", "heads 1 or (dim 2) 8 as in q", "4 in shape"],
+    ),
     "length of v": ({"v": zeros(2, 6, 4, 8)}, ["v", "length (dim 1) 7 as in k", "6 in shape"]),
     "head dim of k": ({"k": zeros(2, 7, 4, 9)}, ["k", "head dim (dim 3) 8 as in q", "9 in shape"]),
     "no head dim": (
         {name: zeros(2, size, 4, 0) for name, size in (("q", 5), ("k", 7), ("v", 7))},
-        ["q", "from 1 to 128", "(2, 5, 4, 0)"],
+        ["q", "from 1 to 256", "(2, 5, 4, 0)"],
     ),
-    "no value dim": ({"v": zeros(2, 7, 4, 0)}, ["v", "from 1 to 128", "(2, 7, 4, 0)"]),
+    "no value dim": ({"v": zeros(2, 7, 4, 0)}, ["v", "from 1 to 256", "(2, 7, 4, 0)"]),
     "q_bias alone": ({"k_bias": None}, ["both or none", "q_bias without k_bias"]),
     "k_bias alone": ({"q_bias": None}, ["both or none", "k_bias without q_bias"]),
     "length of q_bias": ({"q_bias": zeros(2, 1, 4, 3)}, ["q_bias", "length (dim 1) 5 as in q", "1 in shape"]),
@@ -143,21 +180,35 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "rank of k_bias": ({"k_bias": zeros(2, 7, 4, 2)}, ["k_bias", "rank (dim 3) 3 as in q_bias", "2 in shape"]),
     "no rank": (
         {"q_bias": zeros(2, 5, 4, 0), "k_bias": zeros(2, 7, 4, 0)},
-        ["q_bias", "a rank (dim 3) from 1 to 128", "0", "None"],
+        ["q_bias", "a rank (dim 3) from 1 to 256", "0", "None"],
     ),
     "integer mask": ({"mask": zeros(5, 7, dtype=torch.int64)}, ["mask", "bool", "float", "int64", "mask.bool()"]),
     "mask of five dims": ({"mask": zeros(1, 1, 1, 5, 7)}, ["mask", "(2, 4, 5, 7)", "(1, 1, 1, 5, 7)"]),
     "padding mask": ({"mask": zeros(2, 7).bool()}, ["mask", "aligned right", "(2, 7)", "mask[:, None, None, :]"]),
     "mask too long": ({"mask": zeros(5, 8)}, ["mask", "(2, 4, 5, 7)", "(5, 8)"]),
     "mask not a tensor": ({"mask": [[True]]}, ["mask", "a tensor broadcastable to (2, 4, 5, 7)", "list"]),
-    "causal by name": ({"causal": "top_left"}, ["causal", "True or False", "'top_left' (str)"]),
-    "causal by number": ({"causal": 1}, ["causal", "True or False", "1 (int)"]),
+    "causal by a wrong name": (
+        {"causal": "top_left"},
+        ["causal", 'True, False or "bottom_right"', "'top_left' (str)"],
+    ),
+    "causal misspelt": ({"causal": "bottom-right"}, ["causal", '"bottom_right"', "'bottom-right' (str)"]),
+    "causal by number": ({"causal": 1}, ["causal", "True, False or", "1 (int)"]),
+    "causal by nothing": ({"causal": None}, ["causal", "True, False or", "NoneType"]),
+    "window by one number": ({"window_size": 4}, ["window_size", "(left, right)", "4 (int)"]),
+    "window by nothing": ({"window_size": None}, ["window_size", "(left, right)", "NoneType", "(-1, -1)"]),
+    "window of three": ({"window_size": (1, 2, 3)}, ["window_size", "(left, right)", "tuple", "(1023, 0)"]),
+    "window of fractions": ({"window_size": (1.0, 0)}, ["window_size", "a number of keys or -1", "tuple"]),
+    "window of truth values": ({"window_size": (True, False)}, ["window_size", "a number of keys or -1", "tuple"]),
+    "window below -1": ({"window_size": (3, -2)}, ["window_size", "a number of keys or -1", "tuple"]),
+    "window by name": ({"window_size": "ab"}, ["window_size", "(left, right)", "'ab' (str)"]),
+    "deterministic by number": ({"deterministic": 1}, ["deterministic", "True, False or None", "1 (int)"]),
+    "deterministic by name": ({"deterministic": "warn"}, ["deterministic", "True, False or None", "'warn' (str)"]),
     "scale as text": ({"softmax_scale": "0.5"}, ["softmax_scale", "a finite number or None", "'0.5' (str)"]),
     "scale as tensor": ({"softmax_scale": torch.ones(())}, ["softmax_scale", "a finite number or None", "Tensor"]),
     "scale as bool": ({"softmax_scale": True}, ["softmax_scale", "a finite number or None", "True (bool)"]),
     "numpy's truth as scale": ({"softmax_scale": np.True_}, ["softmax_scale", "a finite number or None", "bool"]),
     "numpy's NaN": ({"softmax_scale": np.float32("nan")}, ["softmax_scale", "a finite number or None", "nan"]),
-    "numpy's number for causal": ({"causal": np.int64(1)}, ["causal", "True or False", "int64"]),
+    "numpy's number for causal": ({"causal": np.int64(1)}, ["causal", "True, False or", "int64"]),
     "scale beyond float": ({"softmax_scale": 10**400}, ["softmax_scale", "3.4e+38", "float32", "integer of 1329 bits"]),
     "scale beyond print": ({"softmax_scale": -(10**5000)}, ["softmax_scale", "3.4e+38", "integer of"]),
     "scale beyond fp32": ({"softmax_scale": 1e300}, ["softmax_scale", "3.4e+38", "float32", "1e+300 (float)"]),
@@ -170,27 +221,21 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "infinite scale": ({"softmax_scale": math.inf}, ["softmax_scale", "a finite number or None", "inf"]),
 }
 UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "grouped queries": (
-        {"k": zeros(2, 7, 2, 8), "v": zeros(2, 7, 2, 8)},
-        ["k", "4 heads", "Grouped-query attention is not supported yet", "k.repeat_interleave(2, dim=2)"],
-    ),
-    "factor of another precision": (
-        {"k_bias": zeros(2, 7, 4, 3).double()},
-        ["k_bias", "float32 as q", "float64", "not supported yet", "k_bias.to(q.dtype)"],
-    ),
     "wide head dim": (
-        {name: zeros(2, size, 4, 129) for name, size in (("q", 5), ("k", 7), ("v", 7))},
-        ["q", "a head dim (dim 3) of at most 128", "129"],
+        {name: zeros(2, size, 4, 257) for name, size in (("q", 5), ("k", 7), ("v", 7))},
+        ["q", "a head dim (dim 3) of at most 256", "257"],
     ),
-    "wide value dim": ({"v": zeros(2, 7, 4, 129)}, ["v", "a head dim (dim 3) of at most 128", "129"]),
+    "wide value dim": ({"v": zeros(2, 7, 4, 257)}, ["v", "a head dim (dim 3) of at most 256", "257"]),
     "high rank": (
-        {"q_bias": zeros(2, 5, 4, 129), "k_bias": zeros(2, 7, 4, 129)},
-        ["q_bias", "a rank of at most 128", "129", "additive mask"],
+        {"q_bias": zeros(2, 5, 4, 257), "k_bias": zeros(2, 7, 4, 257)},
+        ["q_bias", "a rank of at most 256", "257", "additive mask"],
     ),
-    "mask gradient": (
-        {"mask": zeros(5, 7, requires_grad=True)},
-        ["mask", "without gradient", "requires_grad=True", "mask.detach()"],
+    "dropout": (
+        {"dropout_p": 0.1},
+        ["dropout_p", "0: attention dropout", "0.1 (float)", "scaled_dot_product_attention"],
     ),
+    "dropout of everything": ({"dropout_p": 1}, ["dropout_p", "0: attention dropout", "1 (int)"]),
+    "dropout by nothing": ({"dropout_p": None}, ["dropout_p", "0: attention dropout", "NoneType"]),
 }
 
 
@@ -215,6 +260,20 @@ class TestRefused:
             flash_bias_func(**arguments(**changes))
         assert isinstance(caught.value, NotImplementedError)
         assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+    @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 42), (torch.float16, 64)], ids=str)
+    @pytest.mark.parametrize("factor", [torch.float32, torch.float64], ids=str)
+    def test_rank_of_split_factors(self, dtype: torch.dtype, limit: int, factor: torch.dtype) -> None:
+        """Wider factors beside 16-bit inputs take several packed columns each, and the message says how to go on."""
+        given = {name: tensor.to(dtype) for name, tensor in arguments().items()}
+        given |= {name: zeros(1, size, 1, limit + 1, dtype=factor) for name, size in (("q_bias", 5), ("k_bias", 7))}
+        beside = f"at most {limit} for {factor} factors beside {dtype}, got {limit + 1}".replace("torch.", "")
+        with pytest.raises(
+            UnsupportedError, match=rf"q_bias: expected a rank of {beside}\. Cast the factors to q's dtype"
+        ):
+            flash_bias_func(**given)
+        given |= {name: given[name][..., :limit] for name in ("q_bias", "k_bias")}
+        validation.check_factors(given["q"], given["k"], given["q_bias"], given["k_bias"])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_wide_floats_on_a_gpu(self, dtype: torch.dtype) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from autotune.device import DeviceInfo, describe
-from cache_db.models import Config, Environment
-from flashbias.kernels import space
+from cache_db.models import Config, Environment, Problem
+from flashbias.kernels import cases, space
 from flashbias.kernels.problem import GRADIENTS, Shape, bucket, occupancy, packed_rank, problem
 from flashbias.kernels.spec import ATTENTION
 
@@ -92,6 +92,15 @@ def test_ranks_of_one_packed_width_and_lengths_of_one_bucket_are_one_problem() -
         {"mask": "bool"},
     )
     assert len({problem(BASE.model_copy(update=other), H200).hash for other in others} | {base.hash}) == 8
+    kinds = (
+        {"nheads_kv": 4},
+        {"window": (255, 0)},
+        {"window": (2047, 0)},
+        {"factor_dtype": "float32"},
+        {"mask": "float32"},
+        {"mask": "float32", "mask_dims": "keys"},
+    )
+    assert len({problem(BASE.model_copy(update=kind), H200).hash for kind in kinds} | {base.hash}) == 7
     forward, full = ({"rank": rank, "grads": ()} for rank in (2, 16))
     assert problem(BASE.model_copy(update=forward), H200) == problem(BASE.model_copy(update=full), H200)
 
@@ -125,8 +134,13 @@ def test_only_the_kernels_that_the_gradients_need_are_tuned(grads: tuple[str, ..
 
 def test_a_long_masked_problem_is_timed_with_a_mask_that_fits_in_memory() -> None:
     """The representative mask is a matrix for each head only while that is affordable, else one for all, else one row."""
-    from flashbias.kernels.cases import _mask_shape
+    found = problem(BASE.model_copy(update={"mask": "float32", "grads": ()}), H200)
+    keys = problem(BASE.model_copy(update={"mask": "float32", "mask_dims": "keys"}), H200)
 
-    assert _mask_shape(4, 4096, 4096) == (1, 4, 4096, 4096)
-    assert _mask_shape(16, 16384, 16384) == (1, 1, 16384, 16384)
-    assert _mask_shape(1, 131072, 131072) == (1, 1, 1, 131072)
+    def shape(found: Problem, nheads: int, seqlen: int) -> tuple[int, ...]:
+        return cases.mask_shape(found, cases._case("representative", found, 1, nheads, seqlen, seqlen))
+
+    assert shape(found, 4, 4096) == (1, 4, 4096, 4096)
+    assert shape(found, 16, 16384) == (1, 1, 16384, 16384)
+    assert shape(found, 1, 131072) == (1, 1, 1, 131072)
+    assert shape(keys, 16, 131072) == (1, 16, 1, 131072)

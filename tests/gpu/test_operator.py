@@ -20,10 +20,12 @@ from autotune.gate.accuracy import yardstick
 from autotune.spec import Reference, Rule
 from cache_db.models import Winner
 from cache_db.store import Store
-from flashbias import flash_bias_func, launcher, reference
+from flashbias import flash_bias_func, launcher, plans, reference
+from flashbias.band import CAUSAL, EVERYTHING
 from flashbias.kernels import space
 from flashbias.kernels.arguments import compile_kernel
 from flashbias.kernels.problem import GRADIENTS, Shape, problem
+from flashbias.kernels.spec import ATTENTION
 from flashbias.settings import current, settings
 
 CUDA = torch.device("cuda")
@@ -70,7 +72,7 @@ def assert_right(tensors: list[Tensor], out: Tensor, mask: Tensor | None = None,
     """Judges O and all gradients by the gate's own rule."""
     *inputs, dout = [tensor.detach() for tensor in tensors]
     scale = inputs[0].shape[3] ** -0.5
-    call = (*inputs, mask, causal, scale)
+    call = (*inputs, None if mask is None else mask.detach(), CAUSAL if causal else EVERYTHING, scale)
     truth, lse = reference.forward(*call, compute_dtype=torch.float64)
     exact = reference.backward(dout, *call, truth, lse, compute_dtype=torch.float64)
     sizes = reference.magnitudes(dout, *call, truth, lse, compute_dtype=torch.float64)
@@ -79,9 +81,12 @@ def assert_right(tensors: list[Tensor], out: Tensor, mask: Tensor | None = None,
     ideal = reference.backward(
         dout, *call, ideal_out, ideal_lse, compute_dtype=torch.float32, round_to=dtype, recentre=True
     )
-    found = [out, *(tensor.grad for tensor in tensors[:5])]
+    found = [out, *(tensor.grad for tensor in tensors[:5]), None if mask is None else mask.grad]
     names = ("out", *(f"d{name}" for name in GRADIENTS))
     for name, value, right, best, size in zip(names, found, (truth, *exact), (ideal_out, *ideal), sizes, strict=True):
+        if value is None:
+            assert name == "dmask"
+            continue
         rule = Rule("rows", 2.0 if name == "out" else 3.0)
         stick = yardstick(name, rule, Reference(right, size), best, dtype)
         finding = stick.finding(stick.judge(value.detach()).tolist())
@@ -96,12 +101,12 @@ def tuned() -> None:
 
 
 def test_the_first_call_leaves_winners_of_every_kernel_in_the_database() -> None:
-    """All three kernels have a level-2 winner, chosen among dozens of trials, each with a verdict."""
+    """All three kernels, none for a mask, have a level-2 winner, chosen among dozens of trials, each with a verdict."""
     store = Store.open(Path(current().cache_dir or "") / "flashbias.db")
     found = problem(Shape(**TUNED, dtype="bfloat16", grads=GRADIENTS), describe(0))
     winners = store.winners(found)
     judged = {kernel: (winner.level >= 2, winner.tried >= 10) for kernel, winner in winners.items()}
-    assert judged == dict.fromkeys(space.KERNELS, (True, True))
+    assert judged == dict.fromkeys(("forward", "backward_dq", "backward_dkdv"), (True, True))
     assert len(store.trials(found)) >= 30
 
 
@@ -138,9 +143,9 @@ def test_alibi_is_right_with_all_gradients(dtype: torch.dtype, rank: int) -> Non
         tensors[5],
         *tensors[:5],
         None,
-        True,
+        CAUSAL,
         headdim**-0.5,
-        *reference.forward(*tensors[:5], None, True, headdim**-0.5, compute_dtype=torch.float64),
+        *reference.forward(*tensors[:5], None, CAUSAL, headdim**-0.5, compute_dtype=torch.float64),
         compute_dtype=torch.float64,
     )
     assert truth.dq_bias is not None
@@ -154,8 +159,9 @@ def test_lse_does_not_drift_with_the_number_of_key_tiles(causal: bool) -> None:
     """Over hundreds of tiles the online softmax stays right to a few fp32 ulp: 16,384 keys, with the default configs."""
     q, k, v, q_bias, k_bias, _ = make(1, 1, 16384, 16384, 64, 8)
     with torch.no_grad(), settings(mode="read"):
-        _, lse = launcher.forward(q, k, v, q_bias, k_bias, None, causal, 0.125)
-        _, truth = reference.forward(q, k, v, q_bias, k_bias, None, causal, 0.125, compute_dtype=torch.float64)
+        call = (q, k, v, q_bias, k_bias, None, CAUSAL if causal else EVERYTHING, 0.125)
+        _, lse = launcher.forward(*call)
+        _, truth = reference.forward(*call, compute_dtype=torch.float64)
     assert float((lse - truth).abs().max()) < 4e-6
 
 
@@ -188,7 +194,7 @@ def test_descriptor_kernels_run_backward_through_autograd_and_from_a_second_thre
     found = problem(shape, device)
     store = Store.open(Path(current().cache_dir or "") / "flashbias.db")
     proven: dict[str, str] = {}
-    for kernel in space.KERNELS:
+    for kernel in ATTENTION.kernels(found):
         config = space.config(space.DESCRIPTORS, 64, 64, 4, 2)
         store.put_winner(
             Winner(
@@ -211,7 +217,7 @@ def test_descriptor_kernels_run_backward_through_autograd_and_from_a_second_thre
     out = flash_bias_func(*tensors[:5], causal=True)
     plan = next(
         plan
-        for plan in launcher._latest.values()
+        for plan in plans._latest.values()
         if plan.binaries and plan.binaries["forward"].constants["HEAD_DIM"] == 32
     )
     assert all(binary.constants["DESCRIPTORS"] for binary in plan.binaries.values())
@@ -241,11 +247,11 @@ def test_every_kind_of_input_is_right_on_the_ladders_default(kind: str) -> None:
         mask = torch.rand(1, 3, 203, 331, device=CUDA) > 0.3
         mask[:, :, ::9] = False
         if kind == "additive mask":
-            mask = torch.where(mask, torch.randn_like(mask, dtype=torch.float32) * 0.3, -torch.inf)
+            mask = torch.where(mask, torch.randn_like(mask, dtype=torch.float32) * 0.3, -torch.inf).requires_grad_()
     with settings(mode="read"):
         out = flash_bias_func(*tensors[:5], mask)
         out.backward(tensors[5].detach())
-    assert any(plan.binaries for plan in launcher._latest.values())
+    assert any(plan.binaries for plan in plans._latest.values())
     assert_right(tensors, out, mask)
 
 
@@ -275,7 +281,7 @@ def test_a_tuned_call_can_be_captured_and_an_untuned_one_runs_eager_in_capture()
         graph.replay()
         assert torch.equal(out, expected)
         forget()
-        launcher.forget()
+        plans.forget()
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             flash_bias_func(*tensors[:5], causal=True)
-        assert not launcher._plans
+        assert not plans._plans

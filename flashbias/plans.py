@@ -1,0 +1,198 @@
+"""Which proven binaries a call runs: launch keys, and the plans made for them.
+
+A call is reduced to a *launch key*, the small tuple of what decides the binaries; a hit costs no SQL, JSON or
+hashing. A miss asks :func:`autotune.resolve`, which may tune. Backward finds the plan its forward made: autograd's
+threads see no settings, and both must run configs that were proven together.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, cast
+
+import torch
+import triton
+from torch import Tensor
+
+import autotune
+from autotune.device import DeviceInfo, describe
+from flashbias.band import Band
+from flashbias.kernels import arguments, factors
+from flashbias.kernels.binding import Binary
+from flashbias.kernels.factors import Packing
+from flashbias.kernels.problem import (
+    GRADIENTS,
+    MAX_HEAD_DIM,
+    MAX_RANK,
+    Gradient,
+    MaskDims,
+    MaskKind,
+    Shape,
+    bucket,
+    occupancy,
+    packing,
+    problem,
+    window_bucket,
+)
+from flashbias.reference import Wanted
+from flashbias.settings import current
+
+logger = logging.getLogger(__name__)
+
+_DTYPES: Final[dict[torch.dtype, Literal["float16", "bfloat16"]]] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+_FIRST_CAPABILITY: Final = (8, 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one launch key runs: a proven binary for each kernel, or none, which means ``eager``.
+
+    ``aligned`` is the layout class the binaries were compiled for; other tensors must be copied to fit it.
+    """
+
+    binaries: dict[str, Binary] = field(default_factory=dict)
+    aligned: bool = False
+
+    def fit(self, tensor: Tensor) -> Tensor:
+        """Returns the (B, S, H, D) tensor, or a copy that the binaries may read."""
+        if tensor.stride(3) == 1 and (not self.aligned or factors.is_aligned(tensor)):
+            return tensor
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+
+
+EAGER: Final = Plan()
+_plans: dict[tuple[Any, ...], Plan] = {}
+_latest: dict[tuple[Any, ...], Plan] = {}
+
+
+def forget() -> None:
+    """Forgets every plan of this process, so that the next call asks the tuner again."""
+    _plans.clear()
+    _latest.clear()
+
+
+def has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None) -> bool:
+    """Returns whether there are kernels for these tensors at all: device, dtype, head dims, rank, no empty dim."""
+    if q.dtype not in _DTYPES or max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return False
+    if q_bias is not None and packing_of(q, q_bias, ()).used > MAX_RANK:
+        return False
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        return False
+    if triton.knobs.runtime.interpret:
+        return q.device.type == "cpu"
+    if q.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return describe(q.get_device()).capability >= _FIRST_CAPABILITY
+
+
+def packing_of(q: Tensor, q_bias: Tensor, grads: tuple[str, ...]) -> Packing:
+    """Returns how factors like ``q_bias`` beside ``q`` are packed; those of another dtype are split into q's."""
+    return packing(q_bias.shape[3], _DTYPES[q.dtype], split=q_bias.dtype != q.dtype, grads=grads)
+
+
+def plan_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    mask: Tensor | None,
+    band: Band,
+    grads: Wanted,
+    *,
+    through_forward: bool = False,
+) -> Plan:
+    """Returns what to run; ``through_forward`` takes what the latest forward with this launch key ran.
+
+    A backward decides nothing: autograd's threads see no settings. Its tensors are made to fit the plan's layout.
+    """
+    device = describe(q.get_device())
+    key = (
+        device.index,
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        None if q_bias is None else packing_of(q, q_bias, names_of(grads)),
+        band.high is not None,
+        window_bucket(band, k.shape[1]),
+        None if mask is None else (mask.dtype, _mask_dims(mask)),
+        grads,
+        q.shape[2] // k.shape[2],
+        bucket(q.shape[1]),
+        bucket(k.shape[1]),
+        occupancy(q.shape[0], q.shape[2], q.shape[1], device.sm_count),
+    )
+    if through_forward:
+        return _latest.get(key, EAGER)
+    aligned = factors.is_aligned(q) and factors.is_aligned(k) and factors.is_aligned(v)
+    chosen = current()
+    plan = _plans.get((key, aligned, chosen.identity))
+    if plan is None:
+        if device.index >= 0 and torch.cuda.is_current_stream_capturing():
+            return EAGER
+        plan = _make_plan(_shape(q, k, v, q_bias, mask, grads, aligned), band, device, chosen)
+        _plans[key, aligned, chosen.identity] = plan
+    _latest[key] = plan
+    return plan
+
+
+def _shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    mask: Tensor | None,
+    grads: Wanted,
+    aligned: bool,
+) -> Shape:
+    return Shape(
+        batch=q.shape[0],
+        nheads=q.shape[2],
+        nheads_kv=k.shape[2],
+        seqlen_q=q.shape[1],
+        seqlen_k=k.shape[1],
+        headdim=q.shape[3],
+        value_dim=v.shape[3],
+        rank=0 if q_bias is None else q_bias.shape[3],
+        factor_dtype=None if q_bias is None else _DTYPES.get(q_bias.dtype, "float32"),
+        dtype=_DTYPES[q.dtype],
+        mask="none" if mask is None else cast(MaskKind, str(mask.dtype).removeprefix("torch.")),
+        mask_dims="matrix" if mask is None else _mask_dims(mask),
+        grads=names_of(grads),
+        layout="aligned" if aligned else "strided",
+    )
+
+
+def names_of(grads: Wanted) -> tuple[Gradient, ...]:
+    """Returns the names of the inputs whose gradient ``grads`` asks for."""
+    return tuple(name for name, want in zip(GRADIENTS, grads, strict=True) if want)
+
+
+def _mask_dims(mask: Tensor) -> MaskDims:
+    """Returns which dims of the scores the mask has of its own."""
+    rows, keys = (mask.shape[dim] > 1 and mask.stride(dim) != 0 for dim in (2, 3))
+    if rows:
+        return "matrix" if keys else "queries"
+    return "keys" if keys else "scalar"
+
+
+def _make_plan(shape: Shape, band: Band, device: DeviceInfo, settings: autotune.Settings) -> Plan:
+    """Resolves every kernel of the call and compiles it; a binary that is not the proven one is proven first."""
+    found = problem(shape, device, band)
+    resolution = autotune.resolve(found, device, settings)
+    binaries = {}
+    for kernel, choice in resolution.choices.items():
+        try:
+            binary = arguments.compile_kernel(kernel, choice.config, found, device).load()
+        except Exception as error:  # noqa: BLE001 - it compiled when it was proven; a full disk or no compiler is no reason to crash
+            logger.warning("%s is not used: it cannot be compiled here (%s); running eager", kernel, error)
+            return EAGER
+        if not autotune.confirm(found, device, settings, kernel, choice, binary.binary):
+            logger.warning("%s is not used: the binary compiled here could not be proven; running eager", kernel)
+            return EAGER
+        binaries[kernel] = binary
+    return Plan(binaries, found.layout == "aligned")
