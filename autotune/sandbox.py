@@ -26,17 +26,22 @@ SERVER_GRACE_SECONDS: Final = 30.0
 Item = tuple[str, Config]
 
 
+def _workers(cores: int) -> int:
+    """Returns twice the cores, at most 16 more than there are: each compile takes memory too."""
+    return cores + min(cores, 16)
+
+
 @dataclass(frozen=True)
 class Limits:
     """How long one compile, one trial (from launch to verdict) and the start of a child may take, and how many compile at once.
 
-    Half as many again as there are cores: the last compiles then share all cores instead of leaving some idle.
+    More compile than there are cores: a slot that waits for a process to end, or for the last compile, idles no core.
     """
 
     compile_seconds: float = 60
     trial_seconds: float = 30
     start_seconds: float = 120
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)) * 3 // 2)
+    workers: int = field(default_factory=lambda: _workers(len(os.sched_getaffinity(0))))
 
 
 @dataclass(frozen=True)
