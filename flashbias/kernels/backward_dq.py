@@ -203,7 +203,7 @@ def backward_dq(
     )
     # dLSE is no gradient of O: it joins through dS = P (dP - rowsum(O ∘ dO) + dLSE). Rows without a key have none.
     lse = load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M)
-    given = (offsets_q < seqlen_q) & (lse != -float("inf")) & (has_dlse != 0)
+    given = (offsets_q < seqlen_q * has_dlse) & (lse != -float("inf"))
     dlse = tl.load(dlse_ptr + row_base + offsets_q, mask=given, other=0.0).to(tl.float32)
     lse = blind_rows_high(lse)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse
