@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +25,14 @@ import flashbias
 from autotune.candidate import told
 from autotune.device import DeviceInfo, describe, interpreting
 from autotune.errors import AutotuneError
+from autotune.gate.accuracy import yardstick
+from autotune.spec import Reference
 from cache_db import Trial, open_layers
 from flashbias import reference
 from flashbias.errors import FlashBiasError
 from flashbias.kernels.problem import GRADIENTS, Shape
 from flashbias.kernels.problem import problem as problem_of
+from flashbias.kernels.spec import ATTENTION
 from flashbias.settings import current
 
 MODULE = "flashbias.cli.quickstart"
@@ -164,45 +167,42 @@ def _call(shape: Shape, device: DeviceInfo) -> Call:
     drawn = [torch.randn(size, generator=generator) * scale for size, scale in zip(sizes, spread, strict=True)]
     *tensors, dout = (tensor.to(device.torch_device, DTYPE) for tensor in drawn)
     q, k, v, q_bias, k_bias = (tensor.requires_grad_() for tensor in tensors)
-    out = flashbias.flash_bias_func(q, k, v, q_bias, k_bias, causal=shape.causal)
+    out, lse = flashbias.flash_bias_func(q, k, v, q_bias, k_bias, causal=shape.causal, return_lse=True)
     gradients = torch.autograd.grad(out, (q, k, v, q_bias, k_bias), dout)
     if device.index >= 0:
         torch.cuda.synchronize(device.index)
-    results = {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(shape.grads, gradients, strict=True)}}
+    named = {f"d{name}": gradient for name, gradient in zip(shape.grads, gradients, strict=True)}
+    results = {"out": out.detach(), "lse": lse.detach(), **named}
     return Call((q.detach(), k.detach(), v.detach(), q_bias.detach(), k_bias.detach()), dout, results)
 
 
 def _error_lines(call: Call, shape: Shape) -> tuple[bool, list[str]]:
     """Returns whether every error is within the gate's budget, and the table that shows it."""
-    true, ideal = _reference(call, shape, torch.float64), _reference(call, shape, torch.float32)
-    unit = torch.finfo(DTYPE).eps / 2
-    lines = [f"errors    {'worst row, against fp64':<28}{'ours':>10}{'ideal fp16':>12}{'allowed':>10}"]
+    given = (*call.inputs, None, shape.band, shape.headdim**-0.5)
+    out, lse = reference.forward(*given, compute_dtype=torch.float64)
+    gradients = reference.backward(call.dout, *given, out, lse, compute_dtype=torch.float64)
+    sizes = reference.magnitudes(call.dout, *given, out, lse, compute_dtype=torch.float64)
+    pairs = zip(gradients, sizes[1:], strict=True)
+    exact = [None if value is None else Reference(value, size) for value, size in pairs]
+    truth = _named(Reference(out, sizes.out), Reference(lse), exact)
+    best_out, best_lse = reference.forward(*given, compute_dtype=torch.float32, round_to=DTYPE)
+    best = reference.backward(
+        call.dout, *given, best_out, best_lse, compute_dtype=torch.float32, round_to=DTYPE, recentre=True
+    )
+    ideal = _named(best_out, best_lse, best)
+    lines = [f"errors    {'worst row, against fp64':<28}{'ours':>10}{'of the budget':>16}"]
     within = True
     for name, value in call.results.items():
-        ours, best = _worst_row(value, true[name]), _worst_row(ideal[name], true[name])
-        allowed = (2.0 if name == "out" else 3.0) * best + unit
-        within &= ours <= allowed
-        lines.append(f"          {name:<28}{ours:>10.1e}{best:>12.1e}{allowed:>10.1e}")
+        stick = yardstick(name, ATTENTION.rule(name), truth[name], ideal[name], DTYPE)
+        finding = stick.finding(stick.judge(value).tolist())
+        within &= finding.ratio <= 1
+        lines.append(f"          {name:<28}{finding.error:>10.1e}{finding.ratio:>16.0%}")
     return within, lines
 
 
-def _reference(call: Call, shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Returns all results in fp64 (the truth) or as the best fp16 kernel would give them (fp32, rounded where it must)."""
-    round_to = None if dtype == torch.float64 else DTYPE
-    given = (*call.inputs, None, shape.band, shape.headdim**-0.5)
-    out, lse = reference.forward(*given, compute_dtype=dtype, round_to=round_to)
-    gradients = reference.backward(
-        call.dout, *given, out, lse, compute_dtype=dtype, round_to=round_to, recentre=round_to is not None
-    )
-    named = zip(GRADIENTS, gradients, strict=True)
-    return {"out": out, **{f"d{name}": gradient for name, gradient in named if gradient is not None}}
-
-
-def _worst_row(value: torch.Tensor, true: torch.Tensor) -> float:
-    """Returns the worst relative error of a row (last dim); rows near zero count against a tenth of the rms row."""
-    norms = true.double().norm(dim=-1)
-    floor = 0.1 * norms.square().mean().sqrt()
-    return float(((value.double() - true).norm(dim=-1) / norms.clamp_min(floor)).max())
+def _named(out: Any, lse: Any, gradients: Iterable[Any]) -> dict[str, Any]:
+    """Returns values by the names of the outputs they belong to."""
+    return {"out": out, "lse": lse, **{f"d{name}": value for name, value in zip(GRADIENTS, gradients, strict=True)}}
 
 
 def _device_line(device: DeviceInfo) -> str:
