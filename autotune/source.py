@@ -10,18 +10,19 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import triton.language as tl
 
 
-def source_hash(entries: Iterable[Any]) -> str:
+def source_hash(entries: Iterable[Any], constants: Mapping[str, object] | None = None) -> str:
     """Returns the SHA-256 over ``entries`` (jitted or plain functions, classes) and every jitted function they reach.
 
-    Constants that jitted code reads (``tl.constexpr`` globals) are part of it.
+    Constants that jitted code reads (``tl.constexpr`` globals) are part of it; those that plain functions read are
+    if they are named in ``constants``, with a value whose ``repr`` is the same in every process.
     """
-    sources: dict[str, str] = {}
+    sources = {f"constant {name}": repr(value) for name, value in (constants or {}).items()}
     for entry in entries:
         _collect(entry, sources)
     text = "\n".join(f"{name}\n{source}" for name, source in sorted(sources.items()))

@@ -75,10 +75,14 @@ def flash_bias_func(
         q_bias: (B or 1, Sq, H or 1, R), the bias's left factor; size 1 means shared by all batches or heads.
         k_bias: (B or 1, Sk, H or Hkv or 1, R), its right factor, shared independently of the left one. Both or none,
             in q's dtype or, to keep large positions and distances exact beside 16-bit inputs, in float32 or float64
-            (then R at most 42 beside bfloat16, 64 beside float16). ``softmax_scale`` does not multiply the bias.
+            (then R at most 42 beside bfloat16, 64 beside float16, where also the largest |q_bias| times the largest
+            |k_bias| of a column must stay below 2^31). Factors are finite: what takes no part is said by ``mask``.
+            ``softmax_scale`` does not multiply the bias.
         mask: broadcastable to (B, H, Sq, Sk), aligned right. bool: True takes part, as in PyTorch's
             scaled_dot_product_attention. float16 to float64: added to the scores, and may want a gradient, which
-            is summed over the dims that were broadcast.
+            is summed over the dims that were broadcast (of a tensor the caller expanded, each copy gets a share of
+            the sum). -inf excludes a key; a row whose every number is below about -1e6 has a right result, but too
+            large gradients, because fp32 cannot tell its LSE from its maximum: use -inf or a boolean mask.
         causal: True: query i sees keys j <= i (aligned top-left). "bottom_right": the last query sees the last key,
             j <= i + Sk - Sq, as a prefill with a cache wants it.
         softmax_scale: factor of q kᵀ; 1/sqrt(D) by default. It must fit the arithmetic: fp64 for fp64, else fp32.
@@ -103,7 +107,7 @@ def flash_bias_func(
     validation.check_factors(q, k, q_bias, k_bias)
     if mask is not None:
         mask = validation.checked_mask(mask, q, k)
-    validation.check_switches(deterministic, dropout_p)
+    validation.check_switches(return_lse, deterministic, dropout_p)
     seen = band(validation.causal(causal), validation.window(window_size), q.shape[1], k.shape[1])
     out, lse = ops.attention(q, k, v, q_bias, k_bias, mask, seen, validation.scale(softmax_scale, q))
     return (out, lse) if return_lse else out

@@ -22,6 +22,14 @@ class Band(NamedTuple):
         stop = seqlen_k if self.high is None else min(last_row + self.high + 1, seqlen_k)
         return slice(start, max(start, stop))
 
+    def within(self, seqlen_q: int, seqlen_k: int) -> Band:
+        """Returns the band without the bounds that exclude nothing for these lengths."""
+        low, high = self
+        return Band(
+            None if low is not None and low >= seqlen_q - 1 else low,
+            None if high is not None and high >= seqlen_k - 1 else high,
+        )
+
 
 EVERYTHING = Band(None, None)
 CAUSAL = Band(None, 0)

@@ -173,7 +173,7 @@ class Call:
             if mask.dtype == torch.bool:
                 scores.masked_fill_(mask.logical_not(), -torch.inf)
             else:
-                scores += mask.to(self.dtype)
+                scores += self._finite(mask)
         if self.band != EVERYTHING:
             row = torch.arange(chunk.rows.start, chunk.rows.stop, device=scores.device)[:, None]
             key = torch.arange(chunk.keys.start, chunk.keys.stop, device=scores.device)
@@ -187,6 +187,13 @@ class Call:
         """Returns the chunk's rows of ``dlse`` (B, H, Sq) as (b, h, rows, 1), 0 for rows without a key."""
         rows = dlse[chunk.batch, chunk.heads, chunk.rows].to(self.dtype)
         return rows.masked_fill(lse[chunk.batch, chunk.heads, chunk.rows] == -torch.inf, 0.0).unsqueeze(-1)
+
+    def _finite(self, mask: Tensor) -> Tensor:
+        """Returns the mask in the compute dtype: only -inf excludes a key, however low a number is."""
+        limit = torch.finfo(self.dtype).max
+        if torch.finfo(mask.dtype).max > limit:
+            mask = torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit))
+        return mask.to(self.dtype)
 
     def weights(self, chunk: Chunk, lse: Tensor) -> Tensor:
         """Returns P = exp(S - LSE) of the chunk; rows without a key are 0."""

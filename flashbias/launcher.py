@@ -57,12 +57,14 @@ def planned_forward(
     grads: Wanted,
 ) -> tuple[Tensor, Tensor, Plan]:
     """Returns what :func:`forward` does, and the plan that this call's backward must run with."""
+    q, k, v, q_bias, k_bias, mask = map(_plain, (q, k, v, q_bias, k_bias, mask))  # type: ignore[assignment]
     call = (q, k, v, q_bias, k_bias, mask, band, scale)
     if not has_kernels(q, k, v, q_bias):
         return *eager.forward(*call, grads), EAGER
     q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
+    band = band.within(q.shape[1], k.shape[1])
     with _on(q.device):
-        plan = plan_for(q, k, v, q_bias, mask, band, grads)
+        plan = plan_for(q, k, v, q_bias, mask, band, _for_kernels(grads, mask))
         if not plan.binaries:
             return *eager.forward(*call, grads), EAGER
         tensors, sizes, _ = _prepared(q, k, q_bias, k_bias, mask, band, ())
@@ -96,16 +98,20 @@ def backward(
     Without it (a compiled graph carries no Python object) the plan of the latest forward with this launch key is
     taken.
     """
+    dout, q, k, v, out, lse = map(_plain, (dout, q, k, v, out, lse))  # type: ignore[assignment]
+    q_bias, k_bias, mask, dlse = map(_plain, (q_bias, k_bias, mask, dlse))
     call = (dout, q, k, v, q_bias, k_bias, mask, out, lse, band, scale, grads, dlse)
     if not has_kernels(q, k, v, q_bias):
         return eager.backward(*call)
     whole, mask = mask, compact(mask)
+    band = band.within(q.shape[1], k.shape[1])
     inputs = (q, k, v, q_bias, k_bias, mask)
     with _on(q.device):
-        plan = plan or plan_for(q, k, v, q_bias, mask, band, grads, through_forward=True)
+        kernel_grads = _for_kernels(grads, mask)
+        plan = plan or plan_for(q, k, v, q_bias, mask, band, kernel_grads, through_forward=True)
         if not plan.binaries:
             return eager.backward(*call)
-        names = names_of(grads)
+        names = names_of(kernel_grads)
         tensors, sizes, packed = _prepared(q, k, q_bias, k_bias, mask, band, names)
         # Hooks on saved tensors (offloading) may give them back in other memory than they were taken from.
         read = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
@@ -123,7 +129,23 @@ def backward(
             for name, tensor in zip(GRADIENTS, inputs, strict=True)
         ]
     *gradients, dmask = found
+    if grads[5] and not kernel_grads[5] and mask is not None:
+        dmask = _without_keys(dlse, lse, mask)
     return (*gradients, dmask if whole is None else expanded(dmask, whole.shape))
+
+
+def _for_kernels(grads: Wanted, mask: Tensor | None) -> Wanted:
+    """Returns what kernels have to compute: the gradient of a mask without keys of its own is not among it."""
+    keys = mask is not None and mask.shape[3] > 1 and mask.stride(3) != 0
+    return (*grads[:5], grads[5] and keys)
+
+
+def _without_keys(dlse: Tensor | None, lse: Tensor, mask: Tensor) -> Tensor:
+    """Returns the gradient of a mask that has no keys: each of its numbers moves whole rows, and rows of dS sum to dLSE."""
+    if dlse is None:
+        return torch.zeros_like(mask)
+    rows = dlse.to(torch.float32).masked_fill(lse == -torch.inf, 0.0).unsqueeze(3)
+    return rows.sum_to_size(mask.shape).to(mask.dtype)
 
 
 def compact(mask: Tensor | None) -> Tensor | None:
@@ -149,6 +171,11 @@ def expanded(gradient: Tensor | None, shape: torch.Size) -> Tensor | None:
     whole = gradient.new_zeros(shape)
     whole[tuple(slice(size) for size in gradient.shape)] = gradient
     return whole
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """Returns the tensor with its values in memory: the imaginary part of a conjugate holds them negated."""
+    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
 
 
 def _unit_rows(tensor: Tensor) -> Tensor:
@@ -181,6 +208,8 @@ def _prepared(
     found: dict[str, Tensor] = {}
     packed, columns = None, 0
     if q_bias is not None and k_bias is not None:
+        if q_bias.dtype == torch.float64:  # what is split has fp32's precision
+            q_bias, k_bias = q_bias.float(), k_bias.float()
         how = packing_of(q, q_bias, grads)
         packed = factors.prepare(
             q_bias, k_bias, how, lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device=q.device)

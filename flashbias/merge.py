@@ -27,9 +27,10 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         ArgumentError: there is no part, not one LSE for each, or shapes do not fit.
 
     """
-    if not outs or len(outs) != len(lses):
+    outs, lses = list(outs), list(lses)  # stacked tensors are sequences of parts too
+    if not outs or len(outs) != len(lses) or not all(isinstance(part, Tensor) for part in (*outs, *lses)):
         raise ArgumentError.explain(
-            "outs and lses", expected="as many of each, at least one", got=f"{len(outs)} and {len(lses)}"
+            "outs and lses", expected="as many tensors of each, at least one", got=f"{len(outs)} and {len(lses)}"
         )
     for number, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         batch, rows, heads = out.shape[:3] if out.dim() == 4 else (-1, -1, -1)
@@ -47,6 +48,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     seen = total > 0
     divisor = total.masked_fill(~seen, 1.0)
     shares = (weights / divisor).transpose(2, 3).unsqueeze(-1)
-    merged = sum((share * out.to(share.dtype) for share, out in zip(shares, outs, strict=True)), torch.zeros(()))
+    merged = shares[0] * outs[0].to(shares.dtype)
+    for share, out in zip(shares[1:], outs[1:], strict=True):
+        merged = merged + share * out.to(share.dtype)
     lse = torch.where(seen, peak + divisor.log(), -torch.inf)
     return merged.to(outs[0].dtype), lse

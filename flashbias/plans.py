@@ -8,7 +8,7 @@ threads see no settings, and both must run configs that were proven together.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, cast
 
 import torch
@@ -119,7 +119,7 @@ def plan_for(
         None if q_bias is None else packing_of(q, q_bias, names_of(grads)),
         band.high is not None,
         window_bucket(band, k.shape[1]),
-        None if mask is None else (mask.dtype, _mask_dims(mask)),
+        None if mask is None else (mask.dtype, _mask_dims(mask) if grads[5] else None),
         grads,
         q.shape[2] // k.shape[2],
         bucket(q.shape[1]),
@@ -167,17 +167,24 @@ def _shape(
     )
 
 
+def _compile_packing(shape: Shape, device: DeviceInfo) -> None:
+    """Compiles what packs the factors of this call's forward and backward, so that no launch has to."""
+    if not shape.rank:
+        return
+    dtype = shape.factor_dtype or shape.dtype
+    for how in (replace(shape.packing, ones_column=False), shape.packing):
+        if how.split or how.ones_column or how.rank % 8 or shape.layout != "aligned":
+            factors.binaries(device.index, how.kind, dtype, dtype)
+
+
 def names_of(grads: Wanted) -> tuple[Gradient, ...]:
     """Returns the names of the inputs whose gradient ``grads`` asks for."""
     return tuple(name for name, want in zip(GRADIENTS, grads, strict=True) if want)
 
 
 def _mask_dims(mask: Tensor) -> MaskDims:
-    """Returns which dims of the scores the mask has of its own."""
-    rows, keys = (mask.shape[dim] > 1 and mask.stride(dim) != 0 for dim in (2, 3))
-    if rows:
-        return "matrix" if keys else "queries"
-    return "keys" if keys else "scalar"
+    """Returns whether the mask has queries of its own, or keys alone."""
+    return "matrix" if mask.shape[2] > 1 and mask.stride(2) != 0 else "keys"
 
 
 def _make_plan(shape: Shape, band: Band, device: DeviceInfo, settings: autotune.Settings) -> Plan:
@@ -185,6 +192,11 @@ def _make_plan(shape: Shape, band: Band, device: DeviceInfo, settings: autotune.
     found = problem(shape, device, band)
     resolution = autotune.resolve(found, device, settings)
     binaries = {}
+    try:
+        _compile_packing(shape, device)
+    except Exception as error:  # noqa: BLE001 - as below
+        logger.warning("factors cannot be packed: no kernel can be compiled here (%s); running eager", error)
+        return EAGER
     for kernel, choice in resolution.choices.items():
         try:
             binary = arguments.compile_kernel(kernel, choice.config, found, device).load()

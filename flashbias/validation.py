@@ -247,8 +247,10 @@ def window(window: object) -> tuple[int, int]:
     )
 
 
-def check_switches(deterministic: object, dropout_p: object) -> None:
-    """Raises for a ``deterministic`` that is no switch and for any dropout."""
+def check_switches(return_lse: object, deterministic: object, dropout_p: object) -> None:
+    """Raises for a ``return_lse`` or ``deterministic`` that is no switch and for any dropout."""
+    if not isinstance(return_lse, bool | np.bool_):
+        raise ArgumentError.explain("return_lse", expected="True or False", got=_shown(return_lse))
     if deterministic is not None and not isinstance(deterministic, bool | np.bool_):
         raise ArgumentError.explain("deterministic", expected="True, False or None", got=_shown(deterministic))
     if not isinstance(dropout_p, _NUMBERS) or dropout_p != 0:

@@ -19,6 +19,8 @@ from pydantic import ValidationError
 from flashbias.errors import ArgumentError
 from flashbias.kernels.problem import GRADIENTS, MaskDims, MaskKind, Shape
 
+# A mask seldom learns: its gradient is asked for by name.
+DEFAULT_GRADIENTS: Final = GRADIENTS[:5]
 MASKS: Final = ", ".join(get_args(MaskKind))
 
 
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--mask-dims", "matrix", f"{', '.join(get_args(MaskDims))} (default matrix)", str)
     flag("--causal", False, "true, false or bottom_right (default false)", _causal)
     flag("--window", (-1, -1), "LEFT,RIGHT keys seen beside a query's own, -1 for no limit (default -1,-1)", _window)
-    flag("--grads", GRADIENTS, "gradients wanted: all, none, or e.g. q,k,v (default all)", _gradients)
+    flag("--grads", DEFAULT_GRADIENTS, "gradients wanted: all (but a mask's), none, or e.g. q,k,v,mask", _gradients)
 
 
 def from_arguments(arguments: argparse.Namespace) -> list[Shape]:
@@ -135,5 +137,5 @@ def _window(text: str) -> tuple[int, ...]:
 
 def _gradients(text: str) -> tuple[str, ...]:
     if text in ("all", "none"):
-        return GRADIENTS if text == "all" else ()
+        return DEFAULT_GRADIENTS if text == "all" else ()
     return tuple(text.split(","))

@@ -29,7 +29,7 @@ from flashbias.kernels.space import DESCRIPTORS, padded
 
 _MASK_CODES: Final = {"none": 0, "bool": 1}
 _ADDITIVE: Final = 2
-_WHOLE_MASK: Final = (0, 0, 0, 0)
+_NO_STRIDES: Final = (0, 0, 0, 0)
 FUNCTIONS: Final[Mapping[str, Any]] = {
     "forward": forward,
     "backward_dq": backward_dq,
@@ -78,8 +78,7 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
         "LOW": bool(fields["window"]),
         "GQA": int(fields["gqa_group"]) > 1,
         "MASK": _MASK_CODES.get(mask, _ADDITIVE),
-        "MASK_ROWS": fields["mask_dims"] in ("matrix", "queries"),
-        "MASK_COLUMNS": fields["mask_dims"] in ("matrix", "keys"),
+        "MASK_ROWS": fields["mask_dims"] == "matrix",
         "WANT_DQ": "q" in gradients,
         "WANT_DK": "k" in gradients,
         "WANT_DV": "v" in gradients,
@@ -146,8 +145,8 @@ def _programs(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], sizes:
     if kernel == "backward_dkdv":
         return tiles_k * sizes.batch * sizes.nheads_kv
     if kernel == "backward_mask":
-        batch, nheads, rows, columns = tensors["dmask"].shape
-        return batch * nheads * (tiles_q if rows > 1 else 1) * (tiles_k if columns > 1 else 1)
+        batch, nheads, *_ = tensors["dmask"].shape
+        return batch * nheads * (tiles_q if binary.constants["MASK_ROWS"] else 1) * tiles_k
     return tiles_q * sizes.batch * sizes.nheads
 
 
@@ -155,8 +154,8 @@ def _strides_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Returns the strides a kernel takes of a tensor: all four of a mask, else (batch, seqlen, head)."""
     tensor = tensors.get(name)
     if name in ("mask", "dmask"):
-        return _WHOLE_MASK if tensor is None else tensor.stride()
-    return _WHOLE_MASK[:3] if tensor is None else _strides(tensor)
+        return _NO_STRIDES if tensor is None else tensor.stride()
+    return _NO_STRIDES[:3] if tensor is None else _strides(tensor)
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -187,3 +186,4 @@ HOST_FUNCTIONS: Final[tuple[Any, ...]] = (
     _strides,
     as_bytes,
 )
+CONSTANTS: Final[Mapping[str, object]] = {"mask codes": _MASK_CODES, "additive": _ADDITIVE}

@@ -186,7 +186,7 @@ def backward_dkdv(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Computes BLOCK_N rows of dK, dV and dK_bias of one (batch, key head); heavy key tiles (the first) come first.
+    """Computes BLOCK_N rows of dK, dV and dK_bias of one (batch, key head), heavy key tiles first.
 
     ``nheads`` counts query heads, ``group`` of them share a key head; dK_bias is that of every query head.
     """

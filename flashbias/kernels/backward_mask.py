@@ -1,7 +1,8 @@
 """The gradient of an additive mask, summed over the dims the mask was broadcast in: a pass of its own.
 
 A program owns one tile of the mask's own shape and walks everything that was broadcast into it, so there are no
-atomics and no tensor of all scores, unless the mask itself is one.
+atomics and no tensor of all scores, unless the mask itself is one. A mask without keys needs no kernel: a row of dS
+sums to dLSE.
 """
 
 import triton
@@ -17,15 +18,6 @@ from flashbias.kernels.primitives import (
     narrow,
     scores,
 )
-
-
-@triton.jit
-def owned(index, length, BLOCK: tl.constexpr, KEPT: tl.constexpr):
-    """Returns (first, last) of what tile ``index`` of a dim walks: its own BLOCK if the mask has the dim, else all of it."""
-    if KEPT:
-        return index * BLOCK, tl.minimum(length, index * BLOCK + BLOCK)
-    else:
-        return 0, length
 
 
 @triton.jit
@@ -161,22 +153,22 @@ def backward_mask(
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
-    MASK_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Computes one tile of the mask's gradient; ``MASK_ROWS`` and ``MASK_COLUMNS`` say which dims of scores it has."""
+    """Computes one tile of the gradient of a mask that has keys and, if ``MASK_ROWS`` says so, queries."""
     tiles_q = tl.cdiv(seqlen_q, BLOCK_M) if MASK_ROWS else 1
-    tiles_k = tl.cdiv(seqlen_k, BLOCK_N) if MASK_COLUMNS else 1
+    tiles_k = tl.cdiv(seqlen_k, BLOCK_N)
     program = tl.program_id(0)
     tile_k = program % tiles_k
     tile_q = program // tiles_k % tiles_q
     mask_head = program // tiles_k // tiles_q % mask_nheads
     mask_batch = program // tiles_k // tiles_q // mask_nheads
-    first_q, last_q = owned(tile_q, seqlen_q, BLOCK_M, MASK_ROWS)
-    first_k, last_k = owned(tile_k, seqlen_k, BLOCK_N, MASK_COLUMNS)
+    first_q = tile_q * BLOCK_M if MASK_ROWS else 0
+    last_q = tl.minimum(seqlen_q, first_q + BLOCK_M) if MASK_ROWS else seqlen_q
+    start_k = tile_k * BLOCK_N
     first_batch = tl.where(mask_batches > 1, mask_batch, 0)
     last_batch = tl.where(mask_batches > 1, mask_batch + 1, batches)
     first_head = tl.where(mask_nheads > 1, mask_head, 0)
@@ -186,64 +178,61 @@ def backward_mask(
     for batch in tl.range(first_batch, last_batch):
         for head in tl.range(first_head, last_head):
             for start_q in tl.range(first_q, last_q, BLOCK_M):
-                for start_k in tl.range(first_k, last_k, BLOCK_N):
-                    # Distances key - query in this tile run from nearest to farthest.
-                    nearest = start_k - (start_q + BLOCK_M - 1)
-                    farthest = start_k + BLOCK_N - 1 - start_q
-                    seen = True
-                    if HIGH:
-                        seen = seen & (nearest <= high)
-                    if LOW:
-                        seen = seen & (farthest >= -low)
-                    if seen:
-                        acc += score_gradient(
-                            tl.cast(batch, tl.int64),
-                            tl.cast(head, tl.int64),
-                            start_q,
-                            start_k,
-                            q_ptr,
-                            k_ptr,
-                            v_ptr,
-                            q_factor_ptr,
-                            k_factor_ptr,
-                            mask_ptr,
-                            lse_ptr,
-                            dout_ptr,
-                            delta_ptr,
-                            q_strides,
-                            k_strides,
-                            v_strides,
-                            q_factor_strides,
-                            k_factor_strides,
-                            mask_strides,
-                            dout_strides,
-                            nheads,
-                            group,
-                            factor_group,
-                            seqlen_q,
-                            seqlen_k,
-                            low,
-                            high,
-                            factor_columns,
-                            scale,
-                            HEAD_DIM,
-                            VALUE_DIM,
-                            RANK,
-                            LOW,
-                            HIGH,
-                            MASK,
-                            BLOCK_M,
-                            BLOCK_N,
-                            BLOCK_D,
-                            BLOCK_DV,
-                        )
+                # Distances key - query in this tile run from nearest to farthest.
+                nearest = start_k - (start_q + BLOCK_M - 1)
+                farthest = start_k + BLOCK_N - 1 - start_q
+                seen = True
+                if HIGH:
+                    seen = seen & (nearest <= high)
+                if LOW:
+                    seen = seen & (farthest >= -low)
+                if seen:
+                    acc += score_gradient(
+                        tl.cast(batch, tl.int64),
+                        tl.cast(head, tl.int64),
+                        start_q,
+                        start_k,
+                        q_ptr,
+                        k_ptr,
+                        v_ptr,
+                        q_factor_ptr,
+                        k_factor_ptr,
+                        mask_ptr,
+                        lse_ptr,
+                        dout_ptr,
+                        delta_ptr,
+                        q_strides,
+                        k_strides,
+                        v_strides,
+                        q_factor_strides,
+                        k_factor_strides,
+                        mask_strides,
+                        dout_strides,
+                        nheads,
+                        group,
+                        factor_group,
+                        seqlen_q,
+                        seqlen_k,
+                        low,
+                        high,
+                        factor_columns,
+                        scale,
+                        HEAD_DIM,
+                        VALUE_DIM,
+                        RANK,
+                        LOW,
+                        HIGH,
+                        MASK,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                    )
 
     if not MASK_ROWS:
         acc = tl.sum(acc, 0)[None, :]
-    if not MASK_COLUMNS:
-        acc = tl.sum(acc, 1)[:, None]
     rows = (first_q + tl.arange(0, BLOCK_M if MASK_ROWS else 1)).to(tl.int64)
-    columns = (first_k + tl.arange(0, BLOCK_N if MASK_COLUMNS else 1)).to(tl.int64)
+    columns = (start_k + tl.arange(0, BLOCK_N)).to(tl.int64)
     base = dmask_ptr + mask_batch.to(tl.int64) * dmask_strides[0] + mask_head.to(tl.int64) * dmask_strides[1]
     pointers = base + rows[:, None] * dmask_strides[2] + columns[None, :] * dmask_strides[3]
     inside = (rows < seqlen_q)[:, None] & (columns < seqlen_k)[None, :]

@@ -202,3 +202,13 @@ def launch_binary(binary: Binary, programs: int, arguments: Mapping[str, Any]) -
             launch(*values)
     else:
         launch(*values)
+
+
+# What, beside the kernels, decides which binary is made and what it is given: part of the source hash.
+HOST_FUNCTIONS: Final[tuple[Any, ...]] = (signature_of, attributes_of, compile_binary, launch_binary)
+CONSTANTS: Final[Mapping[str, object]] = {
+    "scalars": _SCALARS,
+    "any strides": sorted(_ANY_STRIDES),
+    "fp32 pointers": sorted(_FP32_POINTERS),
+    "unaligned": sorted(_UNALIGNED),
+}

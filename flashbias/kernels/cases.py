@@ -48,20 +48,20 @@ def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
     if device.interpreted:
         return [
             _case("ragged", problem, 1, 2, _INTERPRETED_ROWS, _INTERPRETED_ROWS + 9),
-            _case("large logits", problem, 1, 1, 17, 33, logit=200.0, dlse=True),
+            _case("large logits", problem, 2, 1, 17, 33, logit=200.0, dlse=True, mask_dims="batch"),
             _case("positions", problem, 1, 2, 33, 40, positions=True),
         ]
     return [
         _case("ragged", problem, 2, 3, 203, 331),
-        _case("short", problem, 3, 2, 17, 21, dlse=True),
+        _case("short", problem, 3, 2, 17, 22, dlse=True, mask_dims="batch"),
         _case("one query", problem, 2, 2, 1, 239),
         _case("one key", problem, 2, 2, 67, 1),
-        _case("cross", problem, 1, 2, 1023, 513, dlse=True, mask_heads=False),
+        _case("cross", problem, 1, 2, 1023, 513, dlse=True),
         _case("long", problem, 1, 2, 1151, 2049),
         _case("large logits", problem, 1, 4, 300, 301, logit=200.0),
         _case("shared factors", problem, 2, 4, 257, 255, shared=True, dlse=True),
         _case("negative bias", problem, 1, 4, 300, 333, bias=-60.0),
-        _case("positions", problem, 2, 4, 256, 240, positions=True, dlse=True),
+        _case("positions", problem, 2, 4, 240, 257, positions=True, mask_dims="batch heads"),
     ]
 
 
@@ -69,8 +69,10 @@ def race(problem: Problem, device: DeviceInfo) -> Case:
     """Returns sizes of 1.25 waves of 64-row tiles at two blocks a multiprocessor."""
     if device.interpreted:
         return _case("race", problem, 1, 1, _INTERPRETED_ROWS, _INTERPRETED_ROWS)
-    pairs = round(1.25 * 2 * device.sm_count / -(-_RACE_ROWS // 64))
-    return _case("race", problem, 1, pairs, _RACE_ROWS, _RACE_ROWS)
+    # Under grouped queries a key tile is walked once for each group, so it takes more heads, over fewer queries.
+    group = int(problem.fields["gqa_group"])
+    pairs = group * round(1.25 * 2 * device.sm_count / -(-_RACE_ROWS // 64))
+    return _case("race", problem, 1, pairs, max(65, _RACE_ROWS // group), _RACE_ROWS)
 
 
 def _case(
@@ -86,11 +88,11 @@ def _case(
     shared: bool = False,
     positions: bool = False,
     dlse: bool = False,
-    mask_heads: bool = True,
+    mask_dims: str = "heads",
 ) -> Case:
     """Returns a case; ``nheads`` is rounded up to whole groups of a key head.
 
-    ``dlse`` gives LSE a gradient; a mask is shared by batches, without ``mask_heads`` by heads instead.
+    ``dlse`` gives LSE a gradient; ``mask_dims`` are those of batch and heads that a mask has.
     """
     fields = problem.fields
     group = int(fields["gqa_group"])
@@ -111,7 +113,7 @@ def _case(
         "bias": bias,
         "positions": positions,
         "dlse": dlse,
-        "mask_heads": mask_heads,
+        "mask_dims": mask_dims,
     }
     return Case(name, sizes)
 
@@ -123,7 +125,7 @@ def _rank(problem: Problem, name: str) -> int:
     fill their width.
     """
     width, blocks = int(problem.fields["rank_dim"]), max(1, int(problem.fields["factor_parts"]))
-    used = width * 5 // 8 if name in ("ragged", "long") else width // 2
+    used = width * 5 // 8 if name in ("ragged", "long") else width // 4 if name == "one query" else width // 2
     if "q_bias" in wanted(problem) and not problem.fields["ones_column"]:
         used = width
     return max(1, used // blocks) if width else 0
@@ -133,9 +135,10 @@ def band_of(problem: Problem, seqlen_q: int, seqlen_k: int) -> Band:
     """Returns the diagonals seen in a case of these lengths.
 
     It follows from the lengths alone: aligned bottom-right where the number of keys is odd (which leaves rows without
-    a key where there are more queries), else top-left; a window is that of the problem, at most half of the keys.
+    a key where there are more queries) or at least twice that of queries, as with a cache, else top-left; a window is
+    that of the problem, at most half of the keys.
     """
-    shift = seqlen_k - seqlen_q if seqlen_k % 2 else 0
+    shift = seqlen_k - seqlen_q if seqlen_k % 2 or seqlen_k >= 2 * seqlen_q else 0
     window = min(int(problem.fields["window"]), seqlen_k // 2 + 1)
     return Band(window - 1 - shift if window else None, shift if problem.fields["causal"] else None)
 
@@ -187,9 +190,10 @@ def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Ten
 def mask_shape(problem: Problem, case: Case) -> tuple[int, ...]:
     """Returns the mask's shape: a vector, or a matrix for each head, only one if that is too large, or one row of it."""
     batch, nheads, rows, keys = (int(case.sizes[name]) for name in ("batch", "nheads", "seqlen_q", "seqlen_k"))
-    dims = str(problem.fields["mask_dims"])
-    rows, keys = rows if dims in ("matrix", "queries") else 1, keys if dims in ("matrix", "keys") else 1
-    shared = (1, nheads) if case.sizes["mask_heads"] else (batch, 1)
+    dims = str(problem.fields["mask_dims"]).replace("any", "matrix")
+    rows = rows if dims == "matrix" else 1
+    own = str(case.sizes["mask_dims"]).split()
+    shared = (batch if "batch" in own else 1, nheads if "heads" in own else 1)
     if shared[0] * shared[1] * rows * keys <= _MAX_MASK:
         return *shared, rows, keys
     # The gradient of a matrix has rows; without it one row, read for every query, takes as long as a matrix.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -33,6 +33,11 @@ def part_pairs(dtype: str) -> tuple[tuple[int, int], ...]:
     if dtype == "float16":
         return (0, 0), (0, 1), (1, 0), (1, 1)
     return (0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (1, 1)
+
+
+def packed_rank(rank: int) -> int:
+    """Returns the width that ``rank`` columns are computed with: 0, 16, 32, 64, 128 or 256."""
+    return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Packing:
     def used(self) -> int:
         """Returns how many columns hold numbers of the factors."""
         return self.blocks * self.rank
+
+    @property
+    def kind(self) -> Packing:
+        """Returns this packing with its computed width (16, 32, …) for a rank: what decides the kernels that pack."""
+        return replace(self, rank=packed_rank(self.used))
 
     @property
     def columns(self) -> int:
@@ -88,7 +98,10 @@ class Factors:
         own = 0 if side == "q" else 1
         blocks = packed.unflatten(3, (self.packing.blocks, self.packing.rank))
         chosen = [index for index, pair in enumerate(part_pairs(self.packing.dtype)) if pair[own] == 0]
-        total: Tensor = blocks[..., chosen, :].sum(3)
+        # Not one gather: a list of indices would be copied to the device, and a capture of the stream forbids that.
+        total: Tensor = blocks.select(3, chosen[0])
+        for index in chosen[1:]:
+            total = total + blocks.select(3, index)
         if self.peaks is None:
             return total
         return total * _power(self.peaks, 1 if side == "q" else -1)
@@ -97,7 +110,7 @@ class Factors:
 def _power(peaks: Tensor, sign: int) -> Tensor:
     """Returns 2^(sign · balance) for each column, as the packing kernel's ``balance`` finds it."""
     exponents = peaks >> 23
-    shift = torch.where((peaks > 0).all(0), (exponents[1] - exponents[0]) >> 1, 0)
+    shift = torch.where((peaks > 0).all(0), ((exponents[1] - exponents[0]) >> 1).clamp(-126, 126), 0)
     return ((127 + sign * shift) << 23).view(torch.float32)
 
 
@@ -158,29 +171,34 @@ def _pack(q_bias: Tensor, k_bias: Tensor, factors: Factors) -> None:
         "k_nheads": k_bias.shape[2],
         "seqlen_q": q_bias.shape[1],
         "seqlen_k": k_bias.shape[1],
-        "rank": q_bias.shape[3],
+        "rank": factors.packing.rank,
+        "factor_columns": factors.packing.columns,
     }
-    for binary in _binaries(q_bias.get_device(), factors.packing, *dtypes):
+    for binary in binaries(q_bias.get_device(), factors.packing.kind, *dtypes):
         block = binary.constants["BLOCK_ROWS"]
         launch_binary(binary, sum(-(-count // block) for count in rows), arguments)
 
 
 @functools.cache
-def _binaries(device_index: int, packing: Packing, q_dtype: str, k_dtype: str) -> tuple[Binary, ...]:
-    """Returns the kernels that pack, for one device; they are not tuned, and the gate runs them with those it proves."""
+def binaries(device_index: int, kind: Packing, q_dtype: str, k_dtype: str) -> tuple[Binary, ...]:
+    """Returns the kernels that pack, for one device. Raises what Triton raises.
+
+    They are not tuned. They follow from the problem alone (``kind`` has its full width for a rank), so the gate runs
+    these very binaries with every kernel that it proves.
+    """
+    packing = kind
     pairs = part_pairs(packing.dtype) if packing.split else ((0, 0),)
-    block_columns, block_rank = (1 << (width - 1).bit_length() for width in (packing.columns, packing.rank))
+    width = kind.rank
     packed = {
         "BLOCKS": len(pairs),
         "Q_PARTS": sum(pair[0] << 2 * block for block, pair in enumerate(pairs)),
         "K_PARTS": sum(pair[1] << 2 * block for block, pair in enumerate(pairs)),
         "BALANCED": packing.balanced,
         "ONES_COLUMN": packing.ones_column,
-        "COLUMNS": packing.columns,
-        "BLOCK_ROWS": max(1, _PACKED_VALUES // block_columns),
-        "BLOCK_COLUMNS": block_columns,
+        "BLOCK_ROWS": max(1, _PACKED_VALUES // width),
+        "BLOCK_COLUMNS": width,
     }
-    peaks = {"BLOCK_ROWS": max(1, _PACKED_VALUES // block_rank), "BLOCK_RANK": block_rank}
+    peaks = {"BLOCK_ROWS": max(1, _PACKED_VALUES // width), "BLOCK_RANK": width}
     kernels: list[tuple[Any, dict[str, Any]]] = [(pack, packed)]
     if packing.balanced:
         kernels.insert(0, (find_peaks, peaks))
@@ -207,6 +225,8 @@ HOST_FUNCTIONS: Final[tuple[Any, ...]] = (
     is_aligned,
     needs_packing,
     prepare,
+    packed_rank,
     _pack,
-    _binaries,
+    binaries,
 )
+CONSTANTS: Final[Mapping[str, object]] = {"alignment": _ALIGNMENT, "packed values": _PACKED_VALUES}

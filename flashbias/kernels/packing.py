@@ -101,7 +101,8 @@ def balance(peaks_ptr, column, rank):
     """Returns half the distance of both factors' largest exponents, per column: q_bias · 2^b, k_bias · 2^-b are even."""
     q_peak = tl.load(peaks_ptr + column)
     k_peak = tl.load(peaks_ptr + rank + column)
-    return tl.where((q_peak > 0) & (k_peak > 0), ((k_peak >> 23) - (q_peak >> 23)) >> 1, 0)
+    half = ((k_peak >> 23) - (q_peak >> 23)) >> 1
+    return tl.where((q_peak > 0) & (k_peak > 0), tl.minimum(tl.maximum(half, -126), 126), 0)
 
 
 @triton.jit
@@ -115,16 +116,16 @@ def pack_rows(
     nheads,
     seqlen,
     rank,
+    factor_columns,
     BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
     BALANCED: tl.constexpr,
     SIGN: tl.constexpr,
     ONES: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Packs rows ``start`` … of a (B, S, H, R) factor into a contiguous (B, S, H, COLUMNS) one.
+    """Packs rows ``start`` … of a (B, S, H, R) factor into a contiguous (B, S, H, factor_columns) one.
 
     Each of BLOCKS blocks of R columns holds one part of the factor, block b the one in bits 2b and 2b + 1 of PARTS;
     times 2^(SIGN · balance) where it is ``BALANCED``. After them comes a column of ones if ``ONES``, then zeros.
@@ -144,8 +145,8 @@ def pack_rows(
     if ONES:
         chosen = tl.where((offsets_column == BLOCKS * rank)[None, :], 1.0, chosen)
     offsets_row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
-    pointers = packed + offsets_row[:, None] * COLUMNS + offsets_column[None, :]
-    tl.store(pointers, narrow(chosen, dtype), mask=inside & (offsets_column < COLUMNS)[None, :])
+    pointers = packed + offsets_row[:, None] * factor_columns + offsets_column[None, :]
+    tl.store(pointers, narrow(chosen, dtype), mask=inside & (offsets_column < factor_columns)[None, :])
 
 
 @triton.jit
@@ -164,12 +165,12 @@ def pack(
     seqlen_q,
     seqlen_k,
     rank,
+    factor_columns,
     BLOCKS: tl.constexpr,
     Q_PARTS: tl.constexpr,
     K_PARTS: tl.constexpr,
     BALANCED: tl.constexpr,
     ONES_COLUMN: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -188,12 +189,12 @@ def pack(
             q_nheads,
             seqlen_q,
             rank,
+            factor_columns,
             BLOCKS,
             Q_PARTS,
             BALANCED,
             1,
             False,
-            COLUMNS,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
         )
@@ -208,12 +209,12 @@ def pack(
             k_nheads,
             seqlen_k,
             rank,
+            factor_columns,
             BLOCKS,
             K_PARTS,
             BALANCED,
             -1,
             ONES_COLUMN,
-            COLUMNS,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
         )

@@ -16,12 +16,12 @@ from autotune.device import DeviceInfo
 from cache_db.models import Layout, Problem
 from flashbias.band import Band
 from flashbias.band import band as band_of
-from flashbias.kernels.factors import Packing
+from flashbias.kernels.factors import Packing, packed_rank
 
 Gradient = Literal["q", "k", "v", "q_bias", "k_bias", "mask"]
 GRADIENTS: Final[tuple[Gradient, ...]] = ("q", "k", "v", "q_bias", "k_bias", "mask")
 MaskKind = Literal["none", "bool", "float16", "bfloat16", "float32", "float64"]
-MaskDims = Literal["matrix", "keys", "queries", "scalar"]
+MaskDims = Literal["matrix", "keys"]
 SPEC: Final = "flashbias.kernels.spec:ATTENTION"
 MAX_HEAD_DIM: Final = 256
 MAX_RANK: Final = 256
@@ -37,7 +37,7 @@ class Shape(BaseModel):
 
     ``nheads_kv`` is the number of heads of k and v (``nheads`` by default); ``rank`` is 0 without a bias, and
     ``factor_dtype`` its precision (``dtype`` by default); ``causal`` and ``window`` are those of the operator;
-    ``mask_dims`` says which of the scores' dims the mask has: both, keys, queries or none. ``grads`` names the inputs
+    ``mask_dims`` says whether the mask has queries and keys or keys alone. ``grads`` names the inputs
     that want a gradient, none for inference; what a call does not have is not among them. ``layout`` is "strided"
     when any pointer or stride of q, k, v is not a multiple of 16 bytes.
     """
@@ -87,7 +87,8 @@ class Shape(BaseModel):
     @property
     def band(self) -> Band:
         """Returns the diagonals seen."""
-        return band_of(self.causal, self.window, self.seqlen_q, self.seqlen_k)
+        seen = band_of(self.causal, self.window, self.seqlen_q, self.seqlen_k)
+        return seen.within(self.seqlen_q, self.seqlen_k)
 
 
 def packing(rank: int, dtype: str, *, split: bool, grads: Collection[str]) -> Packing:
@@ -98,11 +99,6 @@ def packing(rank: int, dtype: str, *, split: bool, grads: Collection[str]) -> Pa
     """
     plain = Packing(dtype, rank, split)
     return replace(plain, ones_column="q_bias" in grads and 0 < plain.used < packed_rank(plain.used))
-
-
-def packed_rank(rank: int) -> int:
-    """Returns the width that ``rank`` columns are computed with: 0, 16, 32, 64, 128 or 256."""
-    return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
 
 
 def window_bucket(band: Band, seqlen_k: int) -> int:
@@ -155,7 +151,11 @@ def problem(shape: Shape, device: DeviceInfo, band: Band | None = None) -> Probl
             "causal": band.high is not None,
             "window": window_bucket(band, shape.seqlen_k),
             "mask": shape.mask,
-            "mask_dims": "none" if shape.mask == "none" else shape.mask_dims,
+            "mask_dims": ("matrix" if shape.mask_dims == "matrix" and shape.seqlen_q > 1 else "keys")
+            if "mask" in grads
+            else "none"
+            if shape.mask == "none"
+            else "any",
             "gqa_group": shape.nheads // shape.kv_heads,
             "varlen": False,
             "factor_dtype": (shape.factor_dtype or shape.dtype) if shape.rank else "none",

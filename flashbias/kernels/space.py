@@ -7,6 +7,7 @@ from typing import Final
 
 from autotune.device import DeviceInfo
 from cache_db.models import Config, Problem, Scalar
+from flashbias.kernels.problem import wanted
 
 IMPLEMENTATION: Final = "triton"
 KERNELS: Final = ("forward", "backward_dq", "backward_dkdv", "backward_mask")
@@ -20,6 +21,7 @@ _PARAMS: Final = {"BLOCK_M": _BLOCKS, "BLOCK_N": _BLOCKS, "num_warps": _WARPS, "
 # fp32 values per thread in accumulators and score tiles: past this, ptxas spilled in every config compiled for
 # sm_90 at headdim 32, 64 and 128, and none of them came within 20 % of the fastest.
 _MAX_VALUES_PER_THREAD: Final = 288
+_NARROW_RANK: Final = 16
 
 
 def config(variant: str, block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
@@ -43,7 +45,7 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
     if device.interpreted:
         return [config(POINTERS, 32, 32, 4, 1), config(DESCRIPTORS, 32, 32, 4, 1), config(POINTERS, 16, 32, 4, 1)]
     blocks = [(128, 128), (128, 64), (64, 128), (64, 64)]
-    dim = max(padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"])))
+    dim = max(padded(int(problem.fields[name])) for name in ("head_dim", "value_dim", "rank_dim"))
     if problem.fields["occupancy"] == "<1" or dim > 64:
         blocks += [(64, 32), (32, 64)]
     if dim > 128:
@@ -116,14 +118,17 @@ def _scores_per_warp(candidate: Config) -> int:
 def _values_per_thread(kernel: str, candidate: Config, problem: Problem) -> int:
     block_m, block_n = int(candidate.params["BLOCK_M"]), int(candidate.params["BLOCK_N"])
     dim, value_dim = padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"]))
+    # Up to 16 columns a factor's products hide in the margin of the limit, which was found with them.
+    rank = int(problem.fields["rank_dim"]) if int(problem.fields["rank_dim"]) > _NARROW_RANK else 0
+    gradients = wanted(problem)
     if kernel == "forward":
         values = block_m * (block_n + value_dim)
     elif kernel == "backward_dq":
-        values = block_m * (2 * block_n + dim)
+        values = block_m * (2 * block_n + dim + (2 * rank if "q_bias" in gradients else 0))
     elif kernel == "backward_mask":
         values = block_m * 3 * block_n
     else:
-        values = block_n * (2 * block_m + dim + value_dim)
+        values = block_n * (2 * block_m + dim + value_dim + (rank if "k_bias" in gradients else 0))
     return values // (32 * int(candidate.params["num_warps"]))
 
 

@@ -22,11 +22,11 @@ from autotune.spec import Case, Reference, Rule, Tensors, TensorSpec
 from cache_db.models import Config, Problem
 from flashbias import reference
 from flashbias.band import Band
-from flashbias.kernels import arguments, cases, factors, space
+from flashbias.kernels import arguments, binding, cases, factors, space
 from flashbias.kernels.arguments import Sizes
 from flashbias.kernels.binding import Binary
 from flashbias.kernels.factors import Packing
-from flashbias.kernels.problem import GRADIENTS, SOFT_FIELDS, wanted
+from flashbias.kernels.problem import GRADIENTS, SOFT_FIELDS, packing, wanted
 
 _Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Band, float]
 
@@ -43,10 +43,14 @@ _QUERY_GRADIENTS: Final = ("q", "q_bias")
 _KEY_GRADIENTS: Final = ("k", "v", "k_bias")
 
 
+CONSTANTS: Final = {**binding.CONSTANTS, **factors.CONSTANTS, **arguments.CONSTANTS}
+
+
 @functools.cache
 def source() -> str:
     """Returns the hash of everything that decides what the kernels compute."""
-    return source_hash([*arguments.FUNCTIONS.values(), *factors.FUNCTIONS, *arguments.HOST_FUNCTIONS])
+    functions = [*arguments.FUNCTIONS.values(), *factors.FUNCTIONS, *arguments.HOST_FUNCTIONS]
+    return source_hash([*functions, *binding.HOST_FUNCTIONS, packing, space.padded], CONSTANTS)
 
 
 def softmax_scale(problem: Problem) -> float:
@@ -89,7 +93,7 @@ class AttentionSpec:
         return cases.race(problem, device)
 
     def inputs(self, problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
-        """Returns q, k, v, dout and, as the problem has them, q_bias, k_bias, mask."""
+        """Returns q, k, v, dout and, as the problem and the case have them, q_bias, k_bias, mask, dlse."""
         return cases.inputs(problem, case, seed, device)
 
     def outputs(self, kernel: str, problem: Problem, case: Case) -> dict[str, TensorSpec]:
@@ -122,19 +126,19 @@ class AttentionSpec:
         if not problem.fields["rank_dim"]:
             return {}
         sizes = case.sizes
-        packing = _packing(kernel, problem, int(sizes["rank"]))
-        dtype = getattr(torch, packing.dtype)
+        how = _packing(kernel, problem, int(sizes["rank"]))
+        dtype = getattr(torch, how.dtype)
         found = {
             name: TensorSpec.contiguous(
-                (int(sizes["factor_batch"]), int(sizes[length]), int(sizes[f"{name}_nheads"]), packing.columns), dtype
+                (int(sizes["factor_batch"]), int(sizes[length]), int(sizes[f"{name}_nheads"]), how.columns), dtype
             )
             for name, length in (("q_factor", "seqlen_q"), ("k_factor", "seqlen_k"))
         }
-        if packing.balanced:
-            found["peaks"] = TensorSpec.contiguous((2, packing.rank), torch.int32)
+        if how.balanced:
+            found["peaks"] = TensorSpec.contiguous((2, how.rank), torch.int32)
         side = {"backward_dq": "q", "backward_dkdv": "k"}.get(kernel)
-        if packing.split and side and f"{side}_bias" in wanted(problem):
-            shape = (int(sizes["batch"]), int(sizes[f"seqlen_{side}"]), int(sizes["nheads"]), packing.used)
+        if how.split and side and f"{side}_bias" in wanted(problem):
+            shape = (int(sizes["batch"]), int(sizes[f"seqlen_{side}"]), int(sizes["nheads"]), how.used)
             found[f"d{side}_packed"] = TensorSpec.contiguous(shape, torch.float32)
         return found
 
@@ -163,11 +167,11 @@ class AttentionSpec:
         tensors = {**inputs, **outputs}
         packed = None
         if scratch:
-            packing = _packing(kernel, problem, inputs["q_bias"].shape[3])
-            packed = factors.prepare(inputs["q_bias"], inputs["k_bias"], packing, lambda name, *_: scratch[name])
+            how = _packing(kernel, problem, inputs["q_bias"].shape[3])
+            packed = factors.prepare(inputs["q_bias"], inputs["k_bias"], how, lambda name, *_: scratch[name])
             tensors |= {"q_factor": packed.q_factor, "k_factor": packed.k_factor}
             tensors |= {f"d{side}_bias": scratch[f"d{side}_packed"] for side in "qk" if f"d{side}_packed" in scratch}
-            sizes = replace(sizes, columns=packing.used)
+            sizes = replace(sizes, columns=how.used)
         if "mask" in inputs:
             tensors["mask"] = arguments.as_bytes(inputs["mask"], sizes)
         arguments.launch_kernel(kernel, compiled, tensors, sizes, softmax_scale(problem))

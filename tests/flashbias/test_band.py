@@ -81,3 +81,11 @@ def test_keys_hold_all_that_rows_see(found: Band, first: int, more: int, keys: i
     assert not rows[first:, cut.stop :].any()
     single = found.keys(first, first, keys)
     assert single.stop - single.start == int(rows[first].sum())
+
+
+def test_bounds_that_exclude_nothing_are_none() -> None:
+    """A window as wide as the sequence and the only row of a decode step are no band at all."""
+    assert Band(1023, 0).within(1024, 1024) == Band(None, 0)
+    assert Band(1022, 0).within(1024, 1024) == Band(1022, 0)
+    assert Band(None, 511).within(1, 512) == EVERYTHING
+    assert Band(-3, 510).within(1, 512) == Band(-3, 510)

@@ -109,8 +109,8 @@ values = torch.zeros(2, 3, 5)
 @pytest.mark.parametrize(
     ("outs", "lses", "message"),
     [
-        ([], [], r"outs and lses: expected as many of each, at least one, got 0 and 0"),
-        ([part, part], [values], r"expected as many of each.*got 2 and 1"),
+        ([], [], r"outs and lses: expected as many tensors of each, at least one, got 0 and 0"),
+        ([part, part], [values], r"expected as many tensors of each.*got 2 and 1"),
         (
             [part, part[:, 1:]],
             [values, values[..., 1:]],
@@ -124,3 +124,11 @@ def test_what_does_not_fit_is_refused(outs: list[Tensor], lses: list[Tensor], me
     """Missing parts and wrong shapes are named."""
     with pytest.raises(ArgumentError, match=message):
         merge_attention(outs, lses)
+
+
+def test_stacked_parts_are_parts() -> None:
+    """Tensors with a leading dim of parts are taken as sequences of them."""
+    outs, lses = torch.randn(3, 2, 5, 4, 8), torch.randn(3, 2, 4, 5)
+    stacked, listed = merge_attention(outs, lses), merge_attention(list(outs), list(lses))
+    assert torch.equal(stacked[0], listed[0])
+    assert torch.equal(stacked[1], listed[1])

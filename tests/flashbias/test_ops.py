@@ -321,3 +321,24 @@ def test_a_leaf_of_copies_gets_the_gradient_of_each() -> None:
     out = flash_bias_func(call.q, call.k, call.v, mask=own)
     (expected,) = torch.autograd.grad(out.square().sum(), own)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_very_low_number_in_a_wide_mask_excludes_no_key() -> None:
+    """fp64's lowest number has no fp32 counterpart but -inf, which would kill the row: it counts as fp32's lowest."""
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    mask = torch.zeros(6, 6, dtype=torch.float64)
+    mask[3] = torch.finfo(torch.float64).min
+    out = flash_bias_func(q, k, v, mask=mask)
+    torch.testing.assert_close(out[:, 3], v.mean(1))
+
+
+def test_numbers_that_memory_holds_negated_are_read_with_their_sign() -> None:
+    """The imaginary part of a conjugate is a view with its negative bit set, which a kernel would not see."""
+    plain = [torch.randn(1, 5, 2, 8).half() for _ in range(3)]
+    views = [torch.imag(torch.complex(torch.zeros(1, 5, 2, 8), -tensor.float()).conj()) for tensor in plain]
+    assert all(view.is_neg() for view in views)
+    with settings(mode="read"):
+        expected = flash_bias_func(*plain)
+        assert torch.equal(flash_bias_func(*(torch._neg_view(-tensor) for tensor in plain)), expected)
+    wide = [tensor.float() for tensor in plain]
+    torch.testing.assert_close(flash_bias_func(*views), flash_bias_func(*wide))
