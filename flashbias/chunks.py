@@ -169,7 +169,7 @@ class Call:
         if self.q_bias is not None and self.k_bias is not None:
             scores += self.rows(self.q_bias, chunk) @ self.keys(self.k_bias, chunk).mT
         if self.mask is not None:
-            mask = chunk.of_scores(_compact(self.mask))
+            mask = chunk.of_scores(compact(self.mask))
             if mask.dtype == torch.bool:
                 scores.masked_fill_(mask.logical_not(), -torch.inf)
             else:
@@ -222,7 +222,7 @@ def _pieces(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _compact(mask: Tensor) -> Tensor:
+def compact(mask: Tensor) -> Tensor:
     """Returns ``mask`` as a view in which every broadcast dim has size 1 (expanded ones are shrunk back)."""
     for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
         if stride == 0 and size > 1:

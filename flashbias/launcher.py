@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashbias import eager
 from flashbias.band import Band
+from flashbias.chunks import compact
 from flashbias.kernels import arguments, factors
 from flashbias.kernels.arguments import Sizes
 from flashbias.kernels.factors import Factors
@@ -103,7 +104,7 @@ def backward(
     call = (dout, q, k, v, q_bias, k_bias, mask, out, lse, band, scale, grads, dlse)
     if not has_kernels(q, k, v, q_bias):
         return eager.backward(*call)
-    whole, mask = mask, compact(mask)
+    whole, mask = mask, None if mask is None else compact(mask)
     band = band.within(q.shape[1], k.shape[1])
     inputs = (q, k, v, q_bias, k_bias, mask)
     with _on(q.device):
@@ -146,15 +147,6 @@ def _without_keys(dlse: Tensor | None, lse: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros_like(mask)
     rows = dlse.to(torch.float32).masked_fill(lse == -torch.inf, 0.0).unsqueeze(3)
     return rows.sum_to_size(mask.shape).to(mask.dtype)
-
-
-def compact(mask: Tensor | None) -> Tensor | None:
-    """Returns the part of the mask that memory holds: dims expanded with stride 0 have size 1 again."""
-    if mask is not None:
-        for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
-            if stride == 0 and size > 1:
-                mask = mask.narrow(dim, 0, 1)
-    return mask
 
 
 def expanded(gradient: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashbias import launcher
 from flashbias.band import Band
+from flashbias.chunks import compact
 from flashbias.eager import compute_dtype
 from flashbias.errors import UnsupportedError
 from flashbias.reference import Wanted
@@ -105,7 +106,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, mask, band, scale = arguments
-        tensors.append(launcher.compact(mask))
+        tensors.append(None if mask is None else compact(mask))
         complete = (*tensors, band, scale, ctx.needs_input_grad[:6])
         out, lse, ctx.plan = launcher.planned_forward(*complete)
         ctx.save_for_backward(*tensors, out, lse)

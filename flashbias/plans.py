@@ -116,7 +116,7 @@ def plan_for(
         q.dtype,
         q.shape[3],
         v.shape[3],
-        None if q_bias is None else packing_of(q, q_bias, names_of(grads)),
+        None if q_bias is None else packing_of(q, q_bias, names_of(grads)).kind,
         band.high is not None,
         window_bucket(band, k.shape[1]),
         None if mask is None else (mask.dtype, _mask_dims(mask) if grads[5] else None),
@@ -191,6 +191,8 @@ def _make_plan(shape: Shape, band: Band, device: DeviceInfo, settings: autotune.
     """Resolves every kernel of the call and compiles it; a binary that is not the proven one is proven first."""
     found = problem(shape, device, band)
     resolution = autotune.resolve(found, device, settings)
+    if not resolution.choices:
+        return EAGER
     binaries = {}
     try:
         _compile_packing(shape, device)

@@ -64,7 +64,7 @@ class Packing:
         """Returns how many columns hold numbers of the factors."""
         return self.blocks * self.rank
 
-    @property
+    @functools.cached_property
     def kind(self) -> Packing:
         """Returns this packing with its computed width (16, 32, …) for a rank: what decides the kernels that pack."""
         return replace(self, rank=packed_rank(self.used))
@@ -186,26 +186,26 @@ def binaries(device_index: int, kind: Packing, q_dtype: str, k_dtype: str) -> tu
     They are not tuned. They follow from the problem alone (``kind`` has its full width for a rank), so the gate runs
     these very binaries with every kernel that it proves.
     """
-    packing = kind
-    pairs = part_pairs(packing.dtype) if packing.split else ((0, 0),)
+    pairs = part_pairs(kind.dtype) if kind.split else ((0, 0),)
     width = kind.rank
+    block_rows = _PACKED_VALUES // width
     packed = {
         "BLOCKS": len(pairs),
         "Q_PARTS": sum(pair[0] << 2 * block for block, pair in enumerate(pairs)),
         "K_PARTS": sum(pair[1] << 2 * block for block, pair in enumerate(pairs)),
-        "BALANCED": packing.balanced,
-        "ONES_COLUMN": packing.ones_column,
-        "BLOCK_ROWS": max(1, _PACKED_VALUES // width),
+        "BALANCED": kind.balanced,
+        "ONES_COLUMN": kind.ones_column,
+        "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": width,
     }
-    peaks = {"BLOCK_ROWS": max(1, _PACKED_VALUES // width), "BLOCK_RANK": width}
+    peaks = {"BLOCK_ROWS": block_rows, "BLOCK_RANK": width}
     kernels: list[tuple[Any, dict[str, Any]]] = [(pack, packed)]
-    if packing.balanced:
+    if kind.balanced:
         kernels.insert(0, (find_peaks, peaks))
     return tuple(
         compile_binary(
             function,
-            dtypes={"": packing.dtype, "q_bias_ptr": q_dtype, "k_bias_ptr": k_dtype, "peaks_ptr": "int32"},
+            dtypes={"": kind.dtype, "q_bias_ptr": q_dtype, "k_bias_ptr": k_dtype, "peaks_ptr": "int32"},
             aligned=False,
             constants=constants,
             options={"num_warps": 4, "num_stages": 1},

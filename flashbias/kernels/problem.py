@@ -6,7 +6,7 @@ the number of 128-row query tiles per multiprocessor, so that one tuned problem 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
 from dataclasses import replace
 from typing import Annotated, Final, Literal, Self
 
@@ -91,7 +91,8 @@ class Shape(BaseModel):
         return seen.within(self.seqlen_q, self.seqlen_k)
 
 
-def packing(rank: int, dtype: str, *, split: bool, grads: Collection[str]) -> Packing:
+@functools.cache
+def packing(rank: int, dtype: str, *, split: bool, grads: tuple[str, ...]) -> Packing:
     """Returns how factors are packed for the backward of a call that wants ``grads``.
 
     Its k_factor has a column of ones if dq_bias is wanted, which recentres that gradient for free; a rank that fills
