@@ -16,8 +16,6 @@ from torch import Tensor
 
 from autotune import forget
 from autotune.device import describe
-from autotune.gate.accuracy import yardstick
-from autotune.spec import Reference, Rule
 from cache_db.models import Winner
 from cache_db.store import Store
 from flashbias import flash_bias_func, launcher, plans, reference
@@ -27,6 +25,7 @@ from flashbias.kernels.arguments import compile_kernel
 from flashbias.kernels.problem import GRADIENTS, Shape, problem
 from flashbias.kernels.spec import ATTENTION
 from flashbias.settings import current, settings
+from tests.flashbias.cases import Call, assert_within_gate
 
 CUDA = torch.device("cuda")
 TUNED = {"batch": 2, "nheads": 3, "seqlen_q": 500, "seqlen_k": 500, "headdim": 64, "rank": 8, "causal": True}
@@ -71,26 +70,14 @@ def make(
 def assert_right(tensors: list[Tensor], out: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> None:
     """Judges O and all gradients by the gate's own rule."""
     *inputs, dout = [tensor.detach() for tensor in tensors]
-    scale = inputs[0].shape[3] ** -0.5
-    call = (*inputs, None if mask is None else mask.detach(), CAUSAL if causal else EVERYTHING, scale)
-    truth, lse = reference.forward(*call, compute_dtype=torch.float64)
-    exact = reference.backward(dout, *call, truth, lse, compute_dtype=torch.float64)
-    sizes = reference.magnitudes(dout, *call, truth, lse, compute_dtype=torch.float64)
-    dtype = out.dtype
-    ideal_out, ideal_lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
-    ideal = reference.backward(
-        dout, *call, ideal_out, ideal_lse, compute_dtype=torch.float32, round_to=dtype, recentre=True
-    )
-    found = [out, *(tensor.grad for tensor in tensors[:5]), None if mask is None else mask.grad]
-    names = ("out", *(f"d{name}" for name in GRADIENTS))
-    for name, value, right, best, size in zip(names, found, (truth, *exact), (ideal_out, *ideal), sizes, strict=True):
-        if value is None:
-            assert name == "dmask"
-            continue
-        rule = Rule("rows", 2.0 if name == "out" else 3.0)
-        stick = yardstick(name, rule, Reference(right, size), best, dtype)
-        finding = stick.finding(stick.judge(value.detach()).tolist())
-        assert finding.ratio <= 1, f"{name}: {finding}"
+    q, k, v, q_bias, k_bias = inputs
+    call = Call(q, k, v, q_bias, k_bias, None if mask is None else mask.detach(), causal, q.shape[3] ** -0.5)
+    learning = [] if mask is None or not mask.requires_grad else [mask]
+    leaves = zip(GRADIENTS, [*tensors[:5], *learning], strict=False)
+    found = {"out": out, **{name: tensor.grad for name, tensor in leaves}}
+    assert all(value is not None for value in found.values())
+    no_dlse = torch.zeros((q.shape[0], q.shape[2], q.shape[1]), device=q.device)
+    assert_within_gate(call, found, dout, no_dlse)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", autouse=True)
