@@ -39,6 +39,11 @@ DROPPED: Final = frozenset(
     | {"TRITON_INTERPRET"}
 )
 DROPPED_PREFIXES: Final = ("MASTER_", "TORCHELASTIC_")
+# A compile touches some 22,000 fresh pages, half of them in the assembler. With huge pages, and no memory given back
+# in between, it touches a third of that: 11 % faster alone, and many at once wait less for each other (H200 host).
+COMPILER_ALLOCATION: Final = ":".join(
+    ("glibc.malloc.hugetlb=1", f"glibc.malloc.top_pad={64 << 20}", f"glibc.malloc.trim_threshold={1 << 30}")
+)
 
 
 class SandboxError(AutotuneError):
@@ -74,11 +79,16 @@ def _shadows(folder: Path) -> bool:
 
 
 def environment(device: DeviceInfo, *, gpu: bool) -> dict[str, str]:
-    """Returns a child's environment: the caller's, with one GPU by UUID (none without ``gpu``) and in no job."""
+    """Returns a child's environment: the caller's, with one GPU by UUID (none without ``gpu``) and in no job.
+
+    Without ``gpu`` it is one that compiles, and allocates as compilers do best.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
     kept = {name: value for name, value in kept.items() if not name.startswith(DROPPED_PREFIXES)}
     kept["PYTHONPATH"] = os.pathsep.join(import_path())
     kept["CUDA_VISIBLE_DEVICES"] = device.uuid if gpu else ""
+    if not gpu:
+        kept.setdefault("GLIBC_TUNABLES", COMPILER_ALLOCATION)
     if device.interpreted:
         kept["TRITON_INTERPRET"] = "1"
     return kept
