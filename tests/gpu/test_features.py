@@ -9,35 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from autotune.device import DeviceInfo
-from flashbias import factors, flash_bias_func, merge_attention, plans, reference
+from flashbias import factors, flash_bias_func, merge_attention, reference
 from flashbias.band import Band
-from flashbias.kernels import space
-from flashbias.kernels.arguments import compile_kernel
-from flashbias.kernels.problem import Shape, problem
-from flashbias.kernels.spec import ATTENTION
 from tests.flashbias.cases import Call, assert_within_gate
+from tests.flashbias.drawn import default_configs
 from tests.flashbias.score_kernel import bias_scores, ulps
 
 CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def defaults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def defaults() -> Iterator[None]:
     """Runs every call with its default configs: what is tested here are the kernels, not the tuner."""
-
-    def make(shape: Shape, seen: Band, device: DeviceInfo, _: Any) -> plans.Plan:
-        found = problem(shape, device, seen)
-        binaries = {}
-        for kernel in ATTENTION.kernels(found):
-            config = space.default(kernel, found, device)
-            binaries[kernel] = compile_kernel(kernel, config, found, device).load()
-        return plans.Plan(binaries, found.layout == "aligned")
-
-    monkeypatch.setattr(plans, "_make_plan", make)
-    plans.forget()
-    yield
-    plans.forget()
+    with default_configs():
+        yield
 
 
 def tensors(

@@ -272,3 +272,25 @@ def test_a_tuned_call_can_be_captured_and_an_untuned_one_runs_eager_in_capture()
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             flash_bias_func(*tensors[:5], causal=True)
         assert not plans._plans
+
+
+def test_forward_and_backward_can_be_captured_with_exact_factors() -> None:
+    """fp32 factors beside bf16 inputs: a captured training step replays to the same gradients, nothing allocated by it."""
+    tensors = make(**TUNED)
+    leaves = [*tensors[:3], *(tensor.detach().float().requires_grad_() for tensor in tensors[3:5])]
+
+    def step() -> tuple[Tensor, ...]:
+        out, lse = flash_bias_func(*leaves, causal=True, return_lse=True)
+        return torch.autograd.grad((out, lse), leaves, (tensors[5], torch.ones_like(lse)))
+
+    stream = torch.cuda.Stream()
+    with settings(mode="read"), torch.cuda.stream(stream):
+        expected = step()  # the default config is proven, and autograd is warm on this stream
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for gradient in captured:
+            gradient.fill_(torch.nan)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
