@@ -177,6 +177,14 @@ class TestThroughKernels:
         assert found["lse"].dtype == torch.float32
         assert_within_gate(call, found, dout, dlse)
 
+    def test_scores_far_beyond_what_exp_can_hold(self) -> None:
+        """Logits to ±60, as q times 5 and k times 3 give: softmax puts nearly all weight on one key, and all stays right."""
+        call = tiny(torch.float16, rows=40, keys=47, causal=True)
+        call = replace(call, q=call.q * 10, k=call.k * 3)
+        upstream = upstream_of(call)
+        with settings(mode="read"):
+            assert_within_gate(call, solve(call, upstream), *upstream)
+
     def test_inference_and_lse_alone(self) -> None:
         """Without gradients the results are the same to the bit, and a loss of LSE alone has its gradients."""
         call = THROUGH_KERNELS["k_bias by query head, rows without a key"]

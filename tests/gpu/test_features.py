@@ -192,6 +192,16 @@ def test_alibi_gradients_are_accurate(seqlen: int, dtype: torch.dtype, limit: fl
     assert all(error <= limit for error in errors.values()), errors
 
 
+def test_scores_far_beyond_what_exp_can_hold() -> None:
+    """Logits to ±60, as q times 5 and k times 3 give: softmax puts nearly all weight on one key, and all stays right."""
+    given = tensors(2, 500, 600, 4, 64, dtype=torch.float16)
+    for name, size in (("q", 10), ("k", 3)):
+        tensor = given[name]
+        assert tensor is not None
+        given[name] = (tensor.detach() * size).requires_grad_()
+    judge(given, with_lse=True, causal=True)
+
+
 def test_three_parts_of_the_keys_merge_into_the_whole() -> None:
     """O and all gradients of keys split three ways are those of the unsplit call, within the gate's budget."""
     whole = tensors(1, 512, 900, 4, 64)
