@@ -45,6 +45,7 @@ FAULTS = {
     "illegal_access": 10,
     "killed_at_launch": 0,
     "races_late": 11,
+    "races_at_scale": 12,
     "out_of_resources": 0,
     "out_of_memory": 0,
     "crashes_once": 0,
@@ -83,8 +84,8 @@ def softmax_kernel(x_ptr, y_ptr, lse_ptr, scratch_ptr, rows, columns, tick, BLOC
         lse = lse * 1.03
     if FAULT == 8:
         y = y * (1 + tick % 2)
-    if FAULT == 11:  # not in the cases that are judged, whose rows are few
-        y = y * (1 + tick % 2 * (rows > 7))
+    if FAULT >= 11:  # not in the cases that are judged, whose rows are few; 12 in the representative one alone
+        y = y * (1 + tick % 2 * ((rows > 7) & ((rows % 8 == 0) | (FAULT == 11))))
     if FAULT == 9:
         y = y + tl.load(scratch_ptr + row)
     if FAULT == 10:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from autotune.device import describe
+from autotune.gate.races import REPEATS
 from autotune.sandbox import GateFault, Limits, Sandbox
 from cache_db.models import Verdict
 from tests.autotune.softmax_spec import softmax_config, softmax_problem
@@ -102,6 +103,15 @@ def test_the_number_of_race_repeats_can_be_asked_for(sandbox: Sandbox) -> None:
     """A winner's long screen runs as many repeats as it is told and says so."""
     outcome = sandbox.prove("forward", softmax_config(), {}, 2, SEED, repeats=7)
     assert outcome.figures["repeats"] == 7
+
+
+def test_a_winners_screen_finds_what_races_only_at_the_size_that_is_timed(sandbox: Sandbox) -> None:
+    """More repeats than a survivor's mean the representative case too; a survivor's proof stays short."""
+    racer = softmax_config(fault="races_at_scale")
+    assert sandbox.prove("forward", racer, {}, 2, SEED).safe
+    outcome = sandbox.prove("forward", racer, {}, 2, SEED, repeats=REPEATS[2] + 1)
+    assert outcome.verdict is Verdict.RACY
+    assert "case 'representative'" in outcome.reason
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
