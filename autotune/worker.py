@@ -32,6 +32,7 @@ from autotune.gate.proof import prove
 from autotune.gate.rig import Rig, allocate
 from autotune.process import Message
 from autotune.spec import KernelSpec, load
+from autotune.turns import turn
 from cache_db.models import Config, Problem, Scalar, Verdict
 
 PR_SET_PDEATHSIG: Final = 1
@@ -178,9 +179,12 @@ class Runner:
                     os._exit(POISONED)
                 continue
             launches[config.hash] = launch
-        samples = timing.interleaved(
-            launches, question["rounds"], rig.torch_device, lambda: self._send({"event": "round"})
-        )
+
+        def notice() -> None:
+            self._send({"event": "round"})
+
+        with turn("" if rig.device.interpreted else rig.device.uuid, notice):
+            samples = timing.interleaved(launches, question["rounds"], rig.torch_device, notice)
         figures = {name: timing.summary(values) for name, values in samples.items() if values}
         return {"figures": figures}
 

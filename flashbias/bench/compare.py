@@ -8,7 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from autotune.device import describe
 from autotune.timing import interleaved, summary
+from autotune.turns import turn
 from flashbias import reference
 from flashbias.bench.providers import PROVIDERS, Forward, Inputs, make
 from flashbias.kernels.problem import GRADIENTS, Shape
@@ -56,7 +58,8 @@ def compare(shape: Shape, rounds: int, device: torch.device, *, check: bool = Tr
     work = 4.0 * shape.batch * shape.nheads * shape.seqlen_q * shape.seqlen_k * shape.headdim
     work *= 0.5 if shape.causal else 1.0
     runs = {name: PROVIDERS[name] for name in results}
-    _time(rows, runs, inputs, rounds, device)
+    with turn(describe(device.index or 0).uuid if device.type == "cuda" else ""):
+        _time(rows, runs, inputs, rounds, device)
     for row in rows.values():
         if row.forward_ms and row.backward_ms:
             row.forward_tflops = work / row.forward_ms / 1e9
