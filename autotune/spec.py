@@ -67,6 +67,21 @@ class Rule:
     factor: float = 2.0
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What no kernel of a problem can do better than, where that is not a dtype's rounding alone.
+
+    ``roundoff`` is the relative error every budget allows; inputs on which the ideal kernel is off by more than
+    ``ceiling`` prove nothing. A ``log`` output may be off by ``nats``, or by ``log_ulps`` fp32 ulp of itself and more
+    where the ideal is off.
+    """
+
+    roundoff: float
+    ceiling: float
+    nats: float
+    log_ulps: float = 4.0
+
+
 @runtime_checkable
 class Compiled(Protocol):
     """A kernel ready to launch. ``binary`` names the machine code (SHA-256; "" in the interpreter)."""
@@ -148,8 +163,8 @@ class KernelSpec(Protocol):
         """Returns how ``output`` is judged."""
         ...
 
-    def floor_dtype(self, problem: Problem) -> torch.dtype:
-        """Returns the dtype whose unit roundoff every budget of this problem starts from."""
+    def floor_dtype(self, problem: Problem) -> torch.dtype | Floor:
+        """Returns the dtype whose unit roundoff every budget of this problem starts from, or that floor itself."""
         ...
 
 

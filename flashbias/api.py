@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashbias import ops, validation
 from flashbias.band import band
+from flashbias.precision import Precision, chosen
 
 
 @overload
@@ -25,6 +26,7 @@ def flash_bias_func(
     return_lse: Literal[False] = False,
     deterministic: bool | None = None,
     dropout_p: float = 0.0,
+    precision: Precision | None = None,
 ) -> Tensor: ...
 
 
@@ -43,6 +45,7 @@ def flash_bias_func(
     return_lse: Literal[True],
     deterministic: bool | None = None,
     dropout_p: float = 0.0,
+    precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -60,6 +63,7 @@ def flash_bias_func(
     return_lse: bool = False,
     deterministic: bool | None = None,
     dropout_p: float = 0.0,
+    precision: Precision | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns softmax(q kᵀ · softmax_scale + q_bias k_biasᵀ + mask) v, never forming the scores or the bias.
 
@@ -69,14 +73,15 @@ def flash_bias_func(
     (1 to 256):
 
     Args:
-        q: (B, Sq, H, D), float16 or bfloat16; on a CPU also float32 and float64. Any strides.
+        q: (B, Sq, H, D), float16, bfloat16 or float32; on a CPU also float64. Any strides.
         k: (B, Sk, Hkv, D), dtype and device of q. Query head h reads key head h // (H // Hkv).
         v: (B, Sk, Hkv, Dv), as k; Dv from 1 to 256.
         q_bias: (B or 1, Sq, H or 1, R), the bias's left factor; size 1 means shared by all batches or heads.
         k_bias: (B or 1, Sk, H or Hkv or 1, R), its right factor, shared independently of the left one. Both or none,
             in q's dtype or, to keep large positions and distances exact beside 16-bit inputs, in float32 or float64
             (then R at most 42 beside bfloat16, 64 beside float16, where also the largest |q_bias| times the largest
-            |k_bias| of a column must stay below 2^31). Factors are finite: what takes no part is said by ``mask``.
+            |k_bias| of a column must stay below 2^31). Beside float32 inputs on a GPU float64 factors are computed in
+            float32. Factors are finite: what takes no part is said by ``mask``.
             ``softmax_scale`` does not multiply the bias.
         mask: broadcastable to (B, H, Sq, Sk), aligned right. bool: True takes part, as in PyTorch's
             scaled_dot_product_attention. float16 to float64: added to the scores, and may want a gradient, which
@@ -91,6 +96,12 @@ def flash_bias_func(
         return_lse: whether to return the log-sum-exp of the scores too.
         deterministic: gradients are always bitwise repeatable; True, False and None are accepted and mean the same.
         dropout_p: must be 0; there is no attention dropout.
+        precision: how float32 q, k and v on a GPU are multiplied, forward and backward. "ieee": in full fp32, without
+            tensor cores. "tf32": on tensor cores, rounded to 11 significant bits. "tf32x3": on tensor cores, as the sum of
+            two such numbers, three products for one: right to about 2^-21. None: "tf32" if PyTorch's own
+            products are set to it at this call (torch.backends.cuda.matmul, torch.set_float32_matmul_precision),
+            else "ieee". The bias is never rounded to tf32. A CPU always computes in fp32; beside other dtypes
+            only None is taken.
 
     Returns:
         (B, Sq, H, Dv) in q's dtype. A query without any key gives 0. With ``return_lse``, also (B, H, Sq) in fp32
@@ -109,5 +120,6 @@ def flash_bias_func(
         mask = validation.checked_mask(mask, q, k)
     validation.check_switches(return_lse, deterministic, dropout_p)
     seen = band(validation.causal(causal), validation.window(window_size), q.shape[1], k.shape[1])
-    out, lse = ops.attention(q, k, v, q_bias, k_bias, mask, seen, validation.scale(softmax_scale, q))
+    arithmetic = chosen(precision, q)
+    out, lse = ops.attention(q, k, v, q_bias, k_bias, mask, seen, validation.scale(softmax_scale, q), arithmetic)
     return (out, lse) if return_lse else out

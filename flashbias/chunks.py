@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flashbias.band import EVERYTHING, Band
+from flashbias.rounding import Rounding, product
 
 # Which gradients a backward is asked for, in the order of ``Gradients``.
 Wanted = tuple[bool, bool, bool, bool, bool, bool]
@@ -89,6 +90,7 @@ class Call:
     band: Band
     scale: float
     dtype: torch.dtype
+    rounding: Rounding = None
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -165,7 +167,7 @@ class Call:
 
     def scores(self, chunk: Chunk) -> Tensor:
         """Returns scale q k' + q_bias k_bias' + mask of the chunk: (b, h, rows, keys), -inf where not seen."""
-        scores = (self.rows(self.q, chunk) @ self.keys(self.k, chunk).mT).mul_(self.scale)
+        scores = product(self.rows(self.q, chunk), self.keys(self.k, chunk).mT, self.rounding).mul_(self.scale)
         if self.q_bias is not None and self.k_bias is not None:
             scores += self.rows(self.q_bias, chunk) @ self.keys(self.k_bias, chunk).mT
         if self.mask is not None:
@@ -201,13 +203,15 @@ class Call:
         return self.scores(chunk).sub_(shift.masked_fill(shift == -torch.inf, 0.0)).exp_()
 
     def add_products(self, sums: Gradients, chunk: Chunk, dscores: Tensor) -> None:
-        """Adds the chunk's dS times its partner to each gradient that goes through the scores."""
-        for total, partner, factor in ((sums.dq, self.k, self.scale), (sums.dq_bias, self.k_bias, 1.0)):
+        """Adds the chunk's dS times its partner to each gradient that goes through the scores; factors are not rounded."""
+        of_queries = ((sums.dq, self.k, self.scale, self.rounding), (sums.dq_bias, self.k_bias, 1.0, None))
+        for total, partner, factor, rounding in of_queries:
             if total is not None and partner is not None:
-                add(chunk.of_rows(total), dscores @ self.keys(partner, chunk), factor)
-        for total, partner, factor in ((sums.dk, self.q, self.scale), (sums.dk_bias, self.q_bias, 1.0)):
+                add(chunk.of_rows(total), product(dscores, self.keys(partner, chunk), rounding), factor)
+        of_keys = ((sums.dk, self.q, self.scale, self.rounding), (sums.dk_bias, self.q_bias, 1.0, None))
+        for total, partner, factor, rounding in of_keys:
             if total is not None and partner is not None:
-                add(chunk.of_keys(total), dscores.mT @ self.rows(partner, chunk), factor)
+                add(chunk.of_keys(total), product(dscores.mT, self.rows(partner, chunk), rounding), factor)
 
 
 @contextmanager
@@ -233,11 +237,6 @@ def compact(mask: Tensor) -> Tensor:
 def _cut(tensor: Tensor, *ranges: slice) -> Tensor:
     """Returns the view of ``tensor`` within ``ranges``; dims of size 1 are broadcast and stay whole."""
     return tensor[tuple(slice(None) if size == 1 else cut for size, cut in zip(tensor.shape, ranges, strict=False))]
-
-
-def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Returns ``tensor`` rounded to ``dtype`` but kept in its own."""
-    return tensor if dtype is None else tensor.to(dtype).to(tensor.dtype)
 
 
 def add(total: Tensor, value: Tensor, factor: float = 1.0) -> None:

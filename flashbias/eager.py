@@ -13,12 +13,20 @@ from torch import Tensor
 
 from flashbias import reference
 from flashbias.band import Band
+from flashbias.precision import torchs_own
 from flashbias.reference import Gradients, Wanted
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which inputs of ``dtype`` are computed, and that of their LSE."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _arithmetic(q: Tensor) -> torch.dtype:
+    """Returns the dtype to compute in: fp64 where PyTorch would round fp32 products to tf32, which spoils a bias."""
+    if q.dtype == torch.float32 and q.device.type == "cuda" and torchs_own() == "tf32":
+        return torch.float64
+    return compute_dtype(q.dtype)
 
 
 def forward(
@@ -34,9 +42,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``out`` (B, Sq, H, Dv) in v's dtype and ``lse`` (B, H, Sq) in the compute dtype, natural log."""
     del grads  # what the backward will want changes nothing here
-    dtype = compute_dtype(q.dtype)
+    dtype = _arithmetic(q)
     out, lse = reference.forward(q, k, v, q_bias, k_bias, mask, band, scale, compute_dtype=dtype)
-    return out.to(v.dtype), lse
+    return out.to(v.dtype), lse.to(compute_dtype(q.dtype))
 
 
 def backward(
@@ -63,7 +71,7 @@ def backward(
     """
     del out
     inputs = (q, k, v, q_bias, k_bias, mask)
-    dtype = compute_dtype(q.dtype)
+    dtype = _arithmetic(q)
     gradients = reference.backward(
         dout, q, k, v, q_bias, k_bias, mask, band, scale, None, lse, compute_dtype=dtype, wanted=grads, dlse=dlse
     )

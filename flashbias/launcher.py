@@ -36,13 +36,15 @@ def forward(
     band: Band,
     scale: float,
     grads: Wanted = _FORWARD_ONLY,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """Returns ``out`` (B, Sq, H, Dv) in v's dtype and ``lse`` (B, H, Sq) in fp32, natural log.
 
     ``grads`` says which of q, k, v, q_bias, k_bias, mask will want a gradient: all kernels of the backward are then
-    resolved before the forward is launched. Raises what :func:`autotune.resolve` raises.
+    resolved before the forward is launched. ``precision`` is that of :mod:`flashbias.precision`: fp32 inputs have
+    kernels unless it is "default". Raises what :func:`autotune.resolve` raises.
     """
-    out, lse, _ = planned_forward(q, k, v, q_bias, k_bias, mask, band, scale, grads)
+    out, lse, _ = planned_forward(q, k, v, q_bias, k_bias, mask, band, scale, grads, precision)
     return out, lse
 
 
@@ -56,16 +58,17 @@ def planned_forward(
     band: Band,
     scale: float,
     grads: Wanted,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Plan]:
     """Returns what :func:`forward` does, and the plan that this call's backward must run with."""
     q, k, v, q_bias, k_bias, mask = map(_plain, (q, k, v, q_bias, k_bias, mask))  # type: ignore[assignment]
     call = (q, k, v, q_bias, k_bias, mask, band, scale)
-    if not has_kernels(q, k, v, q_bias):
+    if not has_kernels(q, k, v, q_bias, precision):
         return *eager.forward(*call, grads), EAGER
     q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
     band = band.within(q.shape[1], k.shape[1])
     with _on(q.device):
-        plan = plan_for(q, k, v, q_bias, mask, band, _for_kernels(grads, mask))
+        plan = plan_for(q, k, v, q_bias, mask, band, _for_kernels(grads, mask), precision)
         if not plan.binaries:
             return *eager.forward(*call, grads), EAGER
         tensors, sizes, _ = _prepared(q, k, q_bias, k_bias, mask, band, ())
@@ -92,24 +95,26 @@ def backward(
     grads: Wanted,
     dlse: Tensor | None = None,
     plan: Plan | None = None,
+    precision: str = "default",
 ) -> Found:
     """Returns (dq, dk, dv, dq_bias, dk_bias, dmask) in the inputs' own shapes and dtypes, None where not in ``grads``.
 
-    ``dlse`` (B, H, Sq) is the upstream gradient of LSE. ``plan`` is the forward's: its configs were proven together.
+    ``dlse`` (B, H, Sq) is the upstream gradient of LSE. ``precision`` is the forward's, and so is ``plan``: its configs
+    were proven together.
     Without it (a compiled graph carries no Python object) the plan of the latest forward with this launch key is
     taken.
     """
     dout, q, k, v, out, lse = map(_plain, (dout, q, k, v, out, lse))  # type: ignore[assignment]
     q_bias, k_bias, mask, dlse = map(_plain, (q_bias, k_bias, mask, dlse))
     call = (dout, q, k, v, q_bias, k_bias, mask, out, lse, band, scale, grads, dlse)
-    if not has_kernels(q, k, v, q_bias):
+    if not has_kernels(q, k, v, q_bias, precision):
         return eager.backward(*call)
     whole, mask = mask, None if mask is None else compact(mask)
     band = band.within(q.shape[1], k.shape[1])
     inputs = (q, k, v, q_bias, k_bias, mask)
     with _on(q.device):
         kernel_grads = _for_kernels(grads, mask)
-        plan = plan or plan_for(q, k, v, q_bias, mask, band, kernel_grads, through_forward=True)
+        plan = plan or plan_for(q, k, v, q_bias, mask, band, kernel_grads, precision, through_forward=True)
         if not plan.binaries:
             return eager.backward(*call)
         names = names_of(kernel_grads)
@@ -200,7 +205,7 @@ def _prepared(
     found: dict[str, Tensor] = {}
     packed, columns = None, 0
     if q_bias is not None and k_bias is not None:
-        if q_bias.dtype == torch.float64:  # what is split has fp32's precision
+        if q_bias.dtype == torch.float64:  # what is split, or stands beside fp32 inputs, has fp32's precision
             q_bias, k_bias = q_bias.float(), k_bias.float()
         how = packing_of(q, q_bias, grads)
         packed = factors.prepare(

@@ -37,17 +37,18 @@ def attention(
     mask: Tensor | None,
     band: Band,
     scale: float,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """Returns O and LSE of valid arguments (see :mod:`flashbias.api`), differentiable once."""
     inputs = (q, k, v, q_bias, k_bias, mask)
     _refuse_transforms(inputs)
     grads = _wanted(inputs)
     if _traced(inputs):
-        traced: tuple[Tensor, Tensor] = attention_forward(*inputs, band.low, band.high, scale, grads)
+        traced: tuple[Tensor, Tensor] = attention_forward(*inputs, band.low, band.high, scale, grads, precision)
         return traced
     if not any(grads):
-        return launcher.forward(*inputs, band, scale, grads)
-    found: tuple[Tensor, Tensor] = _Attention.apply(*inputs, band, scale)  # type: ignore[no-untyped-call]
+        return launcher.forward(*inputs, band, scale, grads, precision)
+    found: tuple[Tensor, Tensor] = _Attention.apply(*inputs, band, scale, precision)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -105,12 +106,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, mask, band, scale = arguments
+        *tensors, mask, band, scale, precision = arguments
         tensors.append(None if mask is None else compact(mask))
-        complete = (*tensors, band, scale, ctx.needs_input_grad[:6])
+        complete = (*tensors, band, scale, ctx.needs_input_grad[:6], precision)
         out, lse, ctx.plan = launcher.planned_forward(*complete)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.band, ctx.scale = band, scale
+        ctx.band, ctx.scale, ctx.precision = band, scale, precision
         ctx.mask_shape = None if mask is None else mask.shape
         ctx.set_materialize_grads(False)
         return out, lse
@@ -120,11 +121,11 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(saved[-2])
-        arguments = (dout, *saved, ctx.band, ctx.scale, ctx.needs_input_grad[:6], dlse, ctx.plan)
+        arguments = (dout, *saved, ctx.band, ctx.scale, ctx.needs_input_grad[:6], dlse, ctx.plan, ctx.precision)
         # Grad mode is on only for create_graph=True: then the gradients must know that they end here.
         compute = _AttentionBackward.apply if torch.is_grad_enabled() else launcher.backward
         *gradients, dmask = compute(*arguments)
-        return (*gradients, launcher.expanded(dmask, ctx.mask_shape), None, None)
+        return (*gradients, launcher.expanded(dmask, ctx.mask_shape), None, None, None)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -143,7 +144,7 @@ class _AttentionBackward(torch.autograd.Function):
     "flashbias::attention_forward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? mask, SymInt? low, SymInt? high, "
-    "float scale, bool[] grads) -> (Tensor, Tensor)",
+    "float scale, bool[] grads, str precision='default') -> (Tensor, Tensor)",
 )
 def attention_forward(
     q: Tensor,
@@ -156,9 +157,10 @@ def attention_forward(
     high: int | None,
     scale: float,
     grads: Sequence[bool],
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse), both contiguous; ``grads`` says which of the six inputs will want a gradient."""
-    out, lse = launcher.forward(q, k, v, q_bias, k_bias, mask, Band(low, high), scale, _six(grads))
+    out, lse = launcher.forward(q, k, v, q_bias, k_bias, mask, Band(low, high), scale, _six(grads), precision)
     return out.contiguous(), lse.contiguous()
 
 
@@ -173,7 +175,7 @@ def _(q: Tensor, _k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     "flashbias::attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? mask, Tensor out, "
-    "Tensor lse, SymInt? low, SymInt? high, float scale, bool[] grads, Tensor? dlse) "
+    "Tensor lse, SymInt? low, SymInt? high, float scale, bool[] grads, Tensor? dlse, str precision='default') "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attention_backward(
@@ -191,9 +193,11 @@ def attention_backward(
     scale: float,
     grads: Sequence[bool],
     dlse: Tensor | None,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the six gradients, contiguous; a torch op cannot return None, so unwanted ones are empty."""
-    found = launcher.backward(dout, q, k, v, q_bias, k_bias, mask, out, lse, Band(low, high), scale, _six(grads), dlse)
+    call = (q, k, v, q_bias, k_bias, mask, out, lse, Band(low, high), scale, _six(grads), dlse)
+    found = launcher.backward(dout, *call, precision=precision)
     dq, dk, dv, dq_bias, dk_bias, dmask = (
         q.new_empty(0) if tensor is None else tensor.contiguous() for tensor in found
     )
@@ -202,7 +206,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(_dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k, v, q_bias, k_bias, mask, *_, grads, _dlse = rest
+    k, v, q_bias, k_bias, mask, _out, _lse, _low, _high, _scale, grads, *_ = rest
     dq, dk, dv, dq_bias, dk_bias, dmask = (
         tensor.new_empty(tensor.shape) if tensor is not None and want else q.new_empty(0)
         for tensor, want in zip((q, k, v, q_bias, k_bias, mask), grads, strict=True)
@@ -211,16 +215,16 @@ def _(_dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, low, high, scale, _ = inputs
+    *tensors, low, high, scale, _, precision = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.band, ctx.scale = (low, high), scale
+    ctx.band, ctx.scale, ctx.precision = (low, high), scale, precision
 
 
 def _differentiate_forward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     grads = ctx.needs_input_grad[:6]
-    found = attention_backward(dout, *ctx.saved_tensors, *ctx.band, ctx.scale, grads, dlse)
+    found = attention_backward(dout, *ctx.saved_tensors, *ctx.band, ctx.scale, grads, dlse, ctx.precision)
     wanted = (gradient if want else None for gradient, want in zip(found, grads, strict=True))
-    return (*wanted, None, None, None, None)
+    return (*wanted, None, None, None, None, None)
 
 
 def _differentiate_backward(_ctx: Any, *_gradients: Tensor) -> None:

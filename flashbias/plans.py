@@ -35,14 +35,16 @@ from flashbias.kernels.problem import (
     problem,
     window_bucket,
 )
+from flashbias.precision import Precision
 from flashbias.reference import Wanted
 from flashbias.settings import current
 
 logger = logging.getLogger(__name__)
 
-_DTYPES: Final[dict[torch.dtype, Literal["float16", "bfloat16"]]] = {
+_DTYPES: Final[dict[torch.dtype, Literal["float16", "bfloat16", "float32"]]] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
 }
 _FIRST_CAPABILITY: Final = (8, 0)
 
@@ -75,9 +77,14 @@ def forget() -> None:
     _latest.clear()
 
 
-def has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None) -> bool:
-    """Returns whether there are kernels for these tensors at all: device, dtype, head dims, rank, no empty dim."""
-    if q.dtype not in _DTYPES or max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+def has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None, precision: str = "default") -> bool:
+    """Returns whether there are kernels for these tensors at all: device, dtype, head dims, rank, no empty dim.
+
+    For fp32 inputs ``precision`` must name an arithmetic.
+    """
+    if q.dtype not in _DTYPES or (q.dtype == torch.float32) != (precision != "default"):
+        return False
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return False
     if q_bias is not None and packing_of(q, q_bias, ()).used > MAX_RANK:
         return False
@@ -91,8 +98,9 @@ def has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None) -> bool:
 
 
 def packing_of(q: Tensor, q_bias: Tensor, grads: tuple[str, ...]) -> Packing:
-    """Returns how factors like ``q_bias`` beside ``q`` are packed; those of another dtype are split into q's."""
-    return packing(q_bias.shape[3], _DTYPES[q.dtype], split=q_bias.dtype != q.dtype, grads=grads)
+    """Returns how factors like ``q_bias`` beside ``q`` are packed; those wider than 16-bit q are split into its dtype."""
+    split = q_bias.dtype != q.dtype != torch.float32
+    return packing(q_bias.shape[3], _DTYPES[q.dtype], split=split, grads=grads)
 
 
 def plan_for(
@@ -103,6 +111,7 @@ def plan_for(
     mask: Tensor | None,
     band: Band,
     grads: Wanted,
+    precision: str = "default",
     *,
     through_forward: bool = False,
 ) -> Plan:
@@ -114,6 +123,7 @@ def plan_for(
     key = (
         device.index,
         q.dtype,
+        precision,
         q.shape[3],
         v.shape[3],
         None if q_bias is None else packing_of(q, q_bias, names_of(grads)).kind,
@@ -134,7 +144,7 @@ def plan_for(
     if plan is None:
         if device.index >= 0 and torch.cuda.is_current_stream_capturing():
             return EAGER
-        plan = _make_plan(_shape(q, k, v, q_bias, mask, grads, aligned), band, device, chosen)
+        plan = _make_plan(_shape(q, k, v, q_bias, mask, grads, aligned, precision), band, device, chosen)
         _plans[key, aligned, chosen.identity] = plan
     _latest[key] = plan
     return plan
@@ -148,6 +158,7 @@ def _shape(
     mask: Tensor | None,
     grads: Wanted,
     aligned: bool,
+    precision: str,
 ) -> Shape:
     return Shape(
         batch=q.shape[0],
@@ -160,6 +171,7 @@ def _shape(
         rank=0 if q_bias is None else q_bias.shape[3],
         factor_dtype=None if q_bias is None else _DTYPES.get(q_bias.dtype, "float32"),
         dtype=_DTYPES[q.dtype],
+        precision=None if precision == "default" else cast(Precision, precision),
         mask="none" if mask is None else cast(MaskKind, str(mask.dtype).removeprefix("torch.")),
         mask_dims="matrix" if mask is None else _mask_dims(mask),
         grads=names_of(grads),

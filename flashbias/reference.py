@@ -7,6 +7,7 @@ use       compute_dtype  round_to     meaning
 ========  =============  ===========  ==============================================================
 oracle    float64        None         what is true
 ideal     float32        q's dtype    the best a 16-bit kernel can do: the yardstick of the gate
+ideal     float32        "tf32", ...  the same of fp32 inputs on tensor cores
 eager     float32        None         what runs where no kernel may
 ========  =============  ===========  ==============================================================
 
@@ -26,6 +27,9 @@ the input was shared by, heads of a group included; a bool mask has none.
 ``band`` says which keys a row sees by position (:mod:`flashbias.band`); a chunk leaves out the keys that none of its
 rows sees. A row without any key gives 0, LSE -inf and no gradient, whatever its dLSE.
 
+With ``round_to="tf32"`` or "tf32x3" every operand of a product that is no factor is rounded as
+:mod:`flashbias.rounding` says; with a dtype, which the inputs have already, P and dS are.
+
 Inputs of different dtypes may meet, such as fp32 factors beside bf16 q: all are read in the compute dtype, and only P,
 dS and results are ever rounded to another.
 """
@@ -38,7 +42,8 @@ import torch
 from torch import Tensor
 
 from flashbias.band import Band
-from flashbias.chunks import Call, Gradients, Wanted, add, plain_arithmetic, rounded
+from flashbias.chunks import Call, Gradients, Wanted, add, plain_arithmetic
+from flashbias.rounding import Rounding, product, rounded
 
 __all__ = ["ALL", "Gradients", "Magnitudes", "Wanted", "backward", "forward", "magnitudes"]
 
@@ -68,14 +73,14 @@ def forward(
     scale: float,
     *,
     compute_dtype: torch.dtype,
-    round_to: torch.dtype | None = None,
+    round_to: Rounding = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(out, lse)``: (B, Sq, H, Dv) and (B, H, Sq), LSE in nats and ``compute_dtype``.
 
     ``out`` is in ``compute_dtype``; with ``round_to``, P is rounded to it before it meets V (unnormalised, as
     kernels do) and ``out`` is rounded once, to v's dtype.
     """
-    call = Call(q, k, v, q_bias, k_bias, mask, band, scale, compute_dtype)
+    call = Call(q, k, v, q_bias, k_bias, mask, band, scale, compute_dtype, round_to)
     out = call.zeros((*q.shape[:3], v.shape[3]))
     lse = call.zeros((q.shape[0], q.shape[2], q.shape[1])).fill_(-torch.inf)
     with plain_arithmetic(q.device):
@@ -85,7 +90,7 @@ def forward(
             peak.masked_fill_(peak == -torch.inf, 0.0)
             weights = scores.sub_(peak).exp_()
             total = weights.sum(-1, keepdim=True)
-            value = rounded(weights, round_to) @ call.keys(v, chunk)
+            value = product(weights, call.keys(v, chunk), round_to)
             chunk.of_rows(out).copy_(value.div_(total.masked_fill(total == 0.0, 1.0)))
             lse[chunk.batch, chunk.heads, chunk.rows] = (peak + total.log()).squeeze(-1)
     return (out if round_to is None else out.to(v.dtype)), lse
@@ -105,7 +110,7 @@ def backward(
     lse: Tensor,
     *,
     compute_dtype: torch.dtype,
-    round_to: torch.dtype | None = None,
+    round_to: Rounding = None,
     wanted: Wanted = ALL,
     recentre: bool = False,
     dlse: Tensor | None = None,
@@ -122,7 +127,7 @@ def backward(
     because rows of dS sum to dLSE, and far more accurate for factors that are large next to their spread, such as
     ALiBi's key positions.
     """
-    call = Call(q, k, v, q_bias, k_bias, mask, band, scale, compute_dtype)
+    call = Call(q, k, v, q_bias, k_bias, mask, band, scale, compute_dtype, round_to)
     sums = call.sums(wanted)
     only_dv = sums.dq is sums.dk is sums.dq_bias is sums.dk_bias is sums.dmask is None
     with plain_arithmetic(q.device):
@@ -130,10 +135,10 @@ def backward(
             dout_rows = call.rows(dout, chunk)
             weights = call.weights(chunk, lse)
             if sums.dv is not None:
-                add(chunk.of_keys(sums.dv), rounded(weights, round_to).mT @ dout_rows)
+                add(chunk.of_keys(sums.dv), product(weights.mT, dout_rows, round_to))
             if only_dv:
                 continue
-            dscores = dout_rows @ call.keys(v, chunk).mT
+            dscores = product(dout_rows, call.keys(v, chunk).mT, round_to)
             products = weights * dscores if out is None else dout_rows * call.rows(out, chunk)
             row_sum = 0.0 if dlse is None else call.dlse(chunk, dlse, lse)
             dscores.sub_(products.sum(-1, keepdim=True).sub_(row_sum)).mul_(weights)

@@ -13,8 +13,8 @@ from flashbias.errors import ArgumentError, UnsupportedError
 from flashbias.kernels.factors import part_pairs
 from flashbias.kernels.problem import MAX_HEAD_DIM, MAX_RANK
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-_DTYPES = (*KERNEL_DTYPES, torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 # Tuples, not unions: torch.compile traces these checks and knows no union with a class of NumPy's.
 _NUMPY_NUMBERS = (np.integer, np.floating)
@@ -59,13 +59,13 @@ def _check_dense(name: str, tensor: Tensor) -> None:
 def _check_dtype(q: Tensor) -> None:
     if q.dtype not in _DTYPES:
         cure = "Cast q, k, v and the factors."
-        raise ArgumentError.explain("q", expected="dtype float16 or bfloat16", got=_dtype(q.dtype), cure=cure)
-    if q.device.type == "cuda" and q.dtype not in KERNEL_DTYPES:
+        raise ArgumentError.explain("q", expected="dtype float16, bfloat16 or float32", got=_dtype(q.dtype), cure=cure)
+    if q.device.type == "cuda" and q.dtype == torch.float64:
         raise UnsupportedError.explain(
             "q",
-            expected="dtype float16 or bfloat16 on a GPU",
+            expected="dtype float16, bfloat16 or float32 on a GPU",
             got=_dtype(q.dtype),
-            cure="Cast q, k, v and the factors (.to(torch.bfloat16)), or run on the CPU.",
+            cure="Cast q, k, v and the factors (.float()), or run on the CPU.",
         )
 
 
@@ -155,7 +155,7 @@ def _check_factor_dtype(name: str, factor: Tensor, q: Tensor) -> None:
 
 def _check_rank(q: Tensor, q_bias: Tensor) -> None:
     rank = q_bias.shape[3]
-    split = q_bias.dtype != q.dtype and q.dtype in KERNEL_DTYPES
+    split = q_bias.dtype != q.dtype and q.dtype in HALF_DTYPES
     limit = MAX_RANK // len(part_pairs(_dtype(q.dtype))) if split else MAX_RANK
     if rank < 1:
         cure = "Pass None for both factors to have no bias."

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from autotune.errors import AutotuneError
-from autotune.spec import Reference, Rule
+from autotune.spec import Floor, Reference, Rule
 
 # A row's error is taken relative to at least this part of the output's root-mean-square row norm.
 FLOOR: Final = 0.1
@@ -86,7 +86,9 @@ class Yardstick:
         return torch.where(wide == self.value, 0.0, (wide - self.value).abs()).nan_to_num(float("inf"), float("inf"))
 
 
-def yardstick(name: str, rule: Rule, reference: Reference, ideal: torch.Tensor, floor_dtype: torch.dtype) -> Yardstick:
+def yardstick(
+    name: str, rule: Rule, reference: Reference, ideal: torch.Tensor, floor_dtype: torch.dtype | Floor
+) -> Yardstick:
     """Builds the yardstick of output ``name`` from the oracle's ``reference`` and the ``ideal`` kernel's output.
 
     Raises GateFault when the oracle is not finite (-inf is allowed in a ``log`` output) or the ideal is too far off.
@@ -94,8 +96,11 @@ def yardstick(name: str, rule: Rule, reference: Reference, ideal: torch.Tensor, 
     if tuple(reference.value.shape) != tuple(ideal.shape):
         raise GateFault(f"{name}: oracle has shape {tuple(reference.value.shape)}, ideal {tuple(ideal.shape)}")
     build = _rows if rule.kind == "rows" else _log
-    result, whole, worst = build(rule, reference, ideal.double(), roundoff(floor_dtype))
-    ceiling = CEILINGS[floor_dtype]
+    floor = floor_dtype
+    if isinstance(floor, torch.dtype):
+        floor = Floor(roundoff(floor), CEILINGS[floor], roundoff(floor) / 8)
+    result, whole, worst = build(rule, reference, ideal.double(), floor)
+    ceiling = max(floor.ceiling, CEILINGS.get(ideal.dtype, 0.0))
     for what, error, limit in (("as a whole", whole, ceiling), ("in its worst row", worst, WORST_ROW * ceiling)):
         if not error <= limit:
             raise GateFault(
@@ -115,9 +120,9 @@ def row_norms(values: torch.Tensor) -> torch.Tensor:
     return norms.reshape(-1)
 
 
-def _rows(rule: Rule, reference: Reference, ideal: torch.Tensor, unit: float) -> tuple[Yardstick, float, float]:
+def _rows(rule: Rule, reference: Reference, ideal: torch.Tensor, floor: Floor) -> tuple[Yardstick, float, float]:
     """Returns the yardstick and the ideal's relative error: of the whole output, and of its worst row."""
-    value = reference.value.double()
+    value, unit = reference.value.double(), floor.roundoff
     if not bool(torch.isfinite(value).all()):
         raise GateFault("the oracle's answer is not finite")
     norms = row_norms(value)
@@ -140,13 +145,13 @@ def _rows(rule: Rule, reference: Reference, ideal: torch.Tensor, unit: float) ->
     return Yardstick(rule, value, scale, threshold, budget), whole, ideal_error
 
 
-def _log(rule: Rule, reference: Reference, ideal: torch.Tensor, unit: float) -> tuple[Yardstick, float, float]:
+def _log(rule: Rule, reference: Reference, ideal: torch.Tensor, floor: Floor) -> tuple[Yardstick, float, float]:
     value, ideal = reference.value.double().reshape(-1), ideal.reshape(-1)
     if bool((value.isnan() | (value == float("inf"))).any()):
         raise GateFault("the oracle's answer is NaN or +inf")
     off = torch.where(ideal == value, 0.0, (ideal - value).abs()).nan_to_num(float("inf"), float("inf"))
     ideal_error = float(off.max()) if off.numel() else 0.0
-    ulps = 4 * torch.finfo(torch.float32).eps * value.abs()
-    threshold = torch.clamp(rule.factor * ideal_error + ulps, min=unit / 8)
+    ulps = floor.log_ulps * torch.finfo(torch.float32).eps * value.abs()
+    threshold = torch.clamp(rule.factor * ideal_error + ulps, min=floor.nats)
     threshold = torch.where(value.isinf(), 0.0, threshold)
-    return Yardstick(rule, value, torch.ones_like(value), threshold, unit / 8), ideal_error, ideal_error
+    return Yardstick(rule, value, torch.ones_like(value), threshold, floor.nats), ideal_error, ideal_error

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from flashbias.errors import ArgumentError
 from flashbias.kernels.problem import GRADIENTS, MaskDims, MaskKind, Shape
+from flashbias.precision import PRECISIONS
 
 # A mask seldom learns: its gradient is asked for by name.
 DEFAULT_GRADIENTS: Final = GRADIENTS[:5]
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--value-dim", None, "head dimension of v (default: as --headdim)")
     flag("--rank", 8, "rank of the bias, 0 for none (default 8)")
     flag("--factor-dtype", None, "float32, or as --dtype (the default)", str)
-    flag("--dtype", "float16", "float16 or bfloat16 (default float16)", str)
+    flag("--dtype", "float16", "float16, bfloat16 or float32 (default float16)", str)
+    flag("--precision", None, f"of --dtype float32: {', '.join(PRECISIONS)} (default ieee)", str)
     flag("--mask", "none", f"{MASKS} (default none)", str)
     flag("--layout", "aligned", "aligned or strided (default aligned)", str)
     flag("--mask-dims", "matrix", f"{', '.join(get_args(MaskDims))} (default matrix)", str)
@@ -94,6 +96,7 @@ def _combinations(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "causal",
         "window",
         "dtype",
+        "precision",
         "mask",
         "mask_dims",
         "grads",

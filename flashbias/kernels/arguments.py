@@ -78,6 +78,7 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
         "LOW": bool(fields["window"]),
         "GQA": int(fields["gqa_group"]) > 1,
         "MASK": _MASK_CODES.get(mask, _ADDITIVE),
+        "PRECISION": fields["precision"],
         "MASK_ROWS": fields["mask_dims"] == "matrix",
         "WANT_DQ": "q" in gradients,
         "WANT_DK": "k" in gradients,

@@ -14,6 +14,7 @@ from flashbias.kernels.primitives import (
     blind_rows_high,
     dot,
     exp_difference,
+    factor_dot,
     load_row_values,
     load_tile,
     masked,
@@ -60,6 +61,7 @@ def accumulate_dkdv(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
     WANT_DK_BIAS: tl.constexpr,
@@ -91,7 +93,7 @@ def accumulate_dkdv(
                 False,
                 True,
             )
-        s = scores(k, q, k_factor, q_factor, scale, RANK)
+        s = scores(k, q, k_factor, q_factor, scale, RANK, PRECISION)
         offsets_q = start + tl.arange(0, BLOCK_M)
         s = masked(
             s,
@@ -124,15 +126,15 @@ def accumulate_dkdv(
             True,
         )
         if WANT_DV:
-            dv = dot(narrow(p, dout.dtype), dout, dv)
+            dv = dot(narrow(p, dout.dtype), dout, dv, PRECISION)
         if WANT_DK or WANT_DK_BIAS:
             delta = load_row_values(delta_base, start, seqlen_q, 0.0, BLOCK_M)
-            dp = dot(v, tl.trans(dout), tl.zeros([v.shape[0], BLOCK_M], tl.float32))
+            dp = dot(v, tl.trans(dout), tl.zeros([v.shape[0], BLOCK_M], tl.float32), PRECISION)
             ds = narrow(p * (dp - delta[None, :]), q.dtype)
             if WANT_DK:
-                dk = dot(ds, q, dk)
+                dk = dot(ds, q, dk, PRECISION)
             if WANT_DK_BIAS:
-                dk_factor = dot(ds, q_factor, dk_factor)
+                dk_factor = factor_dot(ds, q_factor, dk_factor, PRECISION)
     return dk, dv, dk_factor
 
 
@@ -177,6 +179,7 @@ def backward_dkdv(
     HIGH: tl.constexpr,
     GQA: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
     WANT_DK_BIAS: tl.constexpr,
@@ -268,6 +271,7 @@ def backward_dkdv(
                     LOW,
                     HIGH,
                     MASK,
+                    PRECISION,
                     WANT_DK,
                     WANT_DV,
                     WANT_DK_BIAS,

@@ -11,6 +11,7 @@ from flashbias.kernels.primitives import (
     blind_rows_high,
     dot,
     exp_difference,
+    factor_dot,
     load_row_values,
     load_tile,
     masked,
@@ -58,6 +59,7 @@ def accumulate_dq(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     WANT_DQ: tl.constexpr,
     WANT_DQ_BIAS: tl.constexpr,
     ONES_COLUMN: tl.constexpr,
@@ -89,7 +91,7 @@ def accumulate_dq(
                 False,
                 EDGE,
             )
-        s = scores(q, k, q_factor, k_factor, scale, RANK)
+        s = scores(q, k, q_factor, k_factor, scale, RANK, PRECISION)
         offsets_k = start + tl.arange(0, BLOCK_N)
         s = masked(
             s,
@@ -119,18 +121,18 @@ def accumulate_dq(
             VALUE_DIM == BLOCK_DV,
             EDGE,
         )
-        dp = dot(dout, tl.trans(v), tl.zeros([dout.shape[0], BLOCK_N], tl.float32))
+        dp = dot(dout, tl.trans(v), tl.zeros([dout.shape[0], BLOCK_N], tl.float32), PRECISION)
         ds = narrow(p * (dp - delta[:, None]), k.dtype)
         if WANT_DQ:
-            dq = dot(ds, k, dq)
+            dq = dot(ds, k, dq, PRECISION)
         if WANT_DQ_BIAS:
             p = narrow(p, k_factor.dtype)
-            ds_factor = dot(ds, k_factor, ds_factor)
-            p_factor = dot(p, k_factor, p_factor)
+            ds_factor = factor_dot(ds, k_factor, ds_factor, PRECISION)
+            p_factor = factor_dot(p, k_factor, p_factor, PRECISION)
             if not ONES_COLUMN:
                 ones = narrow(tl.full([BLOCK_N, SUM_COLUMNS], 1.0, tl.float32), k_factor.dtype)
-                ds_sum = dot(ds, ones, ds_sum)
-                p_sum = dot(p, ones, p_sum)
+                ds_sum = factor_dot(ds, ones, ds_sum, PRECISION)
+                p_sum = factor_dot(p, ones, p_sum, PRECISION)
     return dq, ds_factor, p_factor, ds_sum, p_sum
 
 
@@ -176,6 +178,7 @@ def backward_dq(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     WANT_DQ: tl.constexpr,
     WANT_DQ_BIAS: tl.constexpr,
     ONES_COLUMN: tl.constexpr,
@@ -274,6 +277,7 @@ def backward_dq(
                 LOW,
                 HIGH,
                 MASK,
+                PRECISION,
                 WANT_DQ,
                 WANT_DQ_BIAS,
                 ONES_COLUMN,

@@ -57,6 +57,7 @@ def score_gradient(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -87,7 +88,7 @@ def score_gradient(
         k_factor = load_tile(
             k_factor_base, start_k, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, False, False, True
         )
-    s = scores(q, k, q_factor, k_factor, scale, RANK)
+    s = scores(q, k, q_factor, k_factor, scale, RANK, PRECISION)
     s = masked(
         s,
         offsets_q[:, None],
@@ -109,7 +110,7 @@ def score_gradient(
     dout = load_tile(
         dout_base, start_q, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, False, FULL_VALUE, True
     )
-    dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
     delta = load_row_values(delta_ptr + row_base, start_q, seqlen_q, 0.0, BLOCK_M)
     return p * (dp - delta[:, None])
 
@@ -152,6 +153,7 @@ def backward_mask(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -223,6 +225,7 @@ def backward_mask(
                         LOW,
                         HIGH,
                         MASK,
+                        PRECISION,
                         BLOCK_M,
                         BLOCK_N,
                         BLOCK_D,

@@ -94,8 +94,8 @@ def signature_of(function: Any, dtypes: Mapping[str, str]) -> dict[str, Any]:
     return signature
 
 
-def attributes_of(function: Any, aligned: bool) -> dict[tuple[int, ...], list[list[Any]]]:
-    """Returns the alignment facts of the layout class: 16-byte pointers, strides of whole 16-byte steps (8 elements)."""
+def attributes_of(function: Any, aligned: bool, step: int = 8) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Returns the alignment facts of the layout class: 16-byte pointers, strides of whole 16-byte steps (``step`` elements)."""
     facts: dict[tuple[int, ...], list[list[Any]]] = {}
     if not aligned:
         return facts
@@ -105,7 +105,7 @@ def attributes_of(function: Any, aligned: bool) -> dict[tuple[int, ...], list[li
         if name.endswith("_ptr"):
             facts[(index,)] = [["tt.divisibility", 16]]
         elif name.endswith("_strides"):
-            facts.update({(index, axis): [["tt.divisibility", 8]] for axis in range(3)})
+            facts.update({(index, axis): [["tt.divisibility", step]] for axis in range(3)})
         elif name == "factor_columns":
             facts[(index,)] = [["tt.divisibility", 8]]
     return facts
@@ -131,7 +131,7 @@ def compile_binary(
         fn=function,
         signature=signature_of(function, dtypes),
         constexprs=dict(constants),
-        attrs=attributes_of(function, aligned),
+        attrs=attributes_of(function, aligned, 4 if dtypes[""] == "float32" else 8),
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     # What was measured was compiled with multiply-adds fused; from 3.10 on Triton fuses only when told to.

@@ -23,6 +23,7 @@ from autotune.spec import Case, Tensors
 from cache_db.models import Problem, Scalar
 from flashbias.band import Band
 from flashbias.kernels.problem import wanted
+from flashbias.rounding import tf32
 
 # Query tiles of 128 rows per multiprocessor that stand for each occupancy class.
 _TILES: Final = {"<1": 0.5, "1-4": 2.0, ">4": 8.0}
@@ -182,6 +183,9 @@ def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Ten
     # Even rows far above zero, odd rows far below it.
     _shift_rows(found["q"][:, ::2], found["k"], float(case.sizes["logit"]) * head_dim**0.5)
     _shift_rows(found["q"][:, 1::2], found["k"], -float(case.sizes["logit"]) * head_dim**0.5)
+    if case.sizes["logit"] and dtype == torch.float32:
+        # 200 must be 200 in tf32 too, as it is in 16 bits: else whole rows of scores move, and LSE with them.
+        found["q"].copy_(tf32(found["q"]))
     if fields["mask"] != "none":
         found["mask"] = _mask(str(fields["mask"]), mask_shape(problem, case), generator, device)
     return found

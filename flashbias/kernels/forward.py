@@ -49,6 +49,7 @@ def attend(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -77,7 +78,7 @@ def attend(
                 False,
                 EDGE,
             )
-        s = scores(q, k, q_factor, k_factor, scale, RANK)
+        s = scores(q, k, q_factor, k_factor, scale, RANK, PRECISION)
         offsets_k = start + tl.arange(0, BLOCK_N)
         s = masked(
             s,
@@ -108,7 +109,7 @@ def attend(
             VALUE_DIM == BLOCK_DV,
             EDGE,
         )
-        acc = dot(narrow(p, v.dtype), v, acc * correction[:, None])
+        acc = dot(narrow(p, v.dtype), v, acc * correction[:, None], PRECISION)
     return acc, row_max, row_sum
 
 
@@ -144,6 +145,7 @@ def forward(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -216,6 +218,7 @@ def forward(
             LOW,
             HIGH,
             MASK,
+            PRECISION,
             DESCRIPTORS,
             BLOCK_N,
             BLOCK_D,

@@ -8,6 +8,8 @@ one (batch, head); row offsets are int64 because a tensor may hold more than 2**
 import triton
 import triton.language as tl
 
+from flashbias.kernels.emulation import emulated_dot
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
@@ -19,15 +21,28 @@ MASK_ADDITIVE = tl.constexpr(2)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """Returns a @ b + acc in fp32.
+def dot(a, b, acc, PRECISION: tl.constexpr = "default"):
+    """Returns a @ b + acc in fp32, fp32 operands multiplied as ``PRECISION`` says ("default" for 16-bit ones).
 
     The interpreter multiplies bf16 bit patterns as integers (Triton 3.6 and 3.9), so operands are widened
-    there; the products of 16-bit values are exact in fp32 either way.
+    there; the products of 16-bit values are exact in fp32 either way. Nor does it know tf32, which is emulated.
     """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+        return emulated_dot(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
+    if PRECISION == "default":
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def factor_dot(a, b, acc, PRECISION: tl.constexpr):
+    """Returns a @ b + acc in fp32 where one of them is a factor of the bias, which tf32 would round.
+
+    ALiBi at 65,536 positions is off by 8,900 fp32 ulp of the largest bias in tf32, by 2.1 in tf32x3 and 0.8 in fp32
+    (50 slopes, operands rounded to nearest); fp32 multiply-adds would need the scores in another layout.
+    """
+    return dot(a, b, acc, "tf32x3" if PRECISION == "tf32" else PRECISION)
 
 
 @triton.jit
@@ -173,7 +188,7 @@ def load_row_values(base, start, rows, OTHER: tl.constexpr, BLOCK_ROWS: tl.const
 
 
 @triton.jit
-def scores(a, b, a_factor, b_factor, scale, RANK: tl.constexpr):
+def scores(a, b, a_factor, b_factor, scale, RANK: tl.constexpr, PRECISION: tl.constexpr = "default"):
     """Returns a bᵀ · scale + a_factor b_factorᵀ in fp32, in nats.
 
     The rank step comes after the head-dim step: with exact factors it is then right to 1.2 fp32 ulp of the
@@ -181,9 +196,9 @@ def scores(a, b, a_factor, b_factor, scale, RANK: tl.constexpr):
     two, because folding it into 16-bit factors rounds them or, in fp16, overflows; folding it exactly, as
     several parts, won 5 % at headdim 32 and lost at 64 (H200, seqlen 16,384 and 8,192).
     """
-    s = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32)) * scale
+    s = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32), PRECISION) * scale
     if RANK > 0:
-        s = dot(a_factor, tl.trans(b_factor), s)
+        s = factor_dot(a_factor, tl.trans(b_factor), s, PRECISION)
     return s
 
 

@@ -17,6 +17,7 @@ from cache_db.models import Layout, Problem
 from flashbias.band import Band
 from flashbias.band import band as band_of
 from flashbias.kernels.factors import Packing, packed_rank
+from flashbias.precision import Arithmetic, Precision
 
 Gradient = Literal["q", "k", "v", "q_bias", "k_bias", "mask"]
 GRADIENTS: Final[tuple[Gradient, ...]] = ("q", "k", "v", "q_bias", "k_bias", "mask")
@@ -36,7 +37,7 @@ class Shape(BaseModel):
     """One attention call's sizes and kinds, as a shapes file or a call states them.
 
     ``nheads_kv`` is the number of heads of k and v (``nheads`` by default); ``rank`` is 0 without a bias, and
-    ``factor_dtype`` its precision (``dtype`` by default); ``causal`` and ``window`` are those of the operator;
+    ``factor_dtype`` its precision (``dtype`` by default); ``precision`` is that of float32 (by default "ieee"); ``causal`` and ``window`` are those of the operator;
     ``mask_dims`` says whether the mask has queries and keys or keys alone. ``grads`` names the inputs
     that want a gradient, none for inference; what a call does not have is not among them. ``layout`` is "strided"
     when any pointer or stride of q, k, v is not a multiple of 16 bytes.
@@ -55,7 +56,8 @@ class Shape(BaseModel):
     factor_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     causal: bool | Literal["bottom_right"] = False
     window: tuple[int, int] = (-1, -1)
-    dtype: Literal["float16", "bfloat16"] = "float16"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    precision: Precision | None = None
     mask: MaskKind = "none"
     mask_dims: MaskDims = "matrix"
     grads: tuple[Gradient, ...] = ()
@@ -68,6 +70,8 @@ class Shape(BaseModel):
             raise ValueError(f"nheads {self.nheads} must be a multiple of nheads_kv {self.kv_heads}")
         if self.factor_dtype not in (None, self.dtype, "float32"):
             raise ValueError(f"factor_dtype must be {self.dtype} or float32")
+        if self.precision is not None and self.dtype != "float32":
+            raise ValueError(f"precision is that of float32 shapes, a {self.dtype} one has none")
         if self.rank and self.packing.used > MAX_RANK:
             raise ValueError(
                 f"rank {self.rank} in {self.factor_dtype} needs {self.packing.used} packed columns, at most {MAX_RANK}"
@@ -82,7 +86,13 @@ class Shape(BaseModel):
     @property
     def packing(self) -> Packing:
         """Returns how this call's factors are packed for its backward."""
-        return packing(self.rank, self.dtype, split=self.factor_dtype == "float32", grads=self.grads)
+        split = self.factor_dtype == "float32" != self.dtype
+        return packing(self.rank, self.dtype, split=split, grads=self.grads)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Returns how products are rounded: "default" for 16-bit inputs."""
+        return "default" if self.dtype != "float32" else self.precision or "ieee"
 
     @property
     def band(self) -> Band:
@@ -162,7 +172,7 @@ def problem(shape: Shape, device: DeviceInfo, band: Band | None = None) -> Probl
             "factor_dtype": (shape.factor_dtype or shape.dtype) if shape.rank else "none",
             "factor_parts": shape.packing.blocks if shape.rank else 0,
             "grads": ",".join(grads),
-            "precision": "default",
+            "precision": shape.arithmetic,
             "deterministic": True,
             "seqlen_q": bucket(shape.seqlen_q),
             "seqlen_k": bucket(shape.seqlen_k),

@@ -7,6 +7,7 @@ from typing import Final
 
 from autotune.device import DeviceInfo
 from cache_db.models import Config, Problem, Scalar
+from flashbias.kernels import space_fp32
 from flashbias.kernels.problem import wanted
 
 IMPLEMENTATION: Final = "triton"
@@ -45,7 +46,10 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
     if device.interpreted:
         return [config(POINTERS, 32, 32, 4, 1), config(DESCRIPTORS, 32, 32, 4, 1), config(POINTERS, 16, 32, 4, 1)]
     blocks = [(128, 128), (128, 64), (64, 128), (64, 64)]
-    dim = max(padded(int(problem.fields[name])) for name in ("head_dim", "value_dim", "rank_dim"))
+    dim = _widest(problem)
+    if problem.fields["dtype"] == "float32":
+        tiles = space_fp32.tiles(str(problem.fields["precision"]), dim)
+        return [config(variant, *tile) for tile, variant in product(tiles, (DESCRIPTORS, POINTERS))]
     if problem.fields["occupancy"] == "<1" or dim > 64:
         blocks += [(64, 32), (32, 64)]
     if dim > 128:
@@ -67,7 +71,9 @@ def default(kernel: str, problem: Problem, device: DeviceInfo) -> Config:
     """Returns the conservative config: pointers, small tiles, 4 warps; right wherever it compiles."""
     if device.interpreted:
         return config(POINTERS, 32, 32, 4, 1)
-    dim = max(padded(int(problem.fields[name])) for name in ("head_dim", "value_dim", "rank_dim"))
+    dim = _widest(problem)
+    if problem.fields["dtype"] == "float32":
+        return config(POINTERS, *space_fp32.default_tile(kernel, str(problem.fields["precision"]), dim))
     if dim > 128:
         return config(POINTERS, 32, 32, 4, 1)
     wide = dim > 64 or int(problem.fields["rank_dim"]) > 32
@@ -93,12 +99,22 @@ def rejects(kernel: str, candidate: Config, problem: Problem, device: DeviceInfo
     if device.interpreted:
         return None
     values = _values_per_thread(kernel, candidate, problem)
+    if problem.fields["dtype"] == "float32":
+        block_m = int(candidate.params["BLOCK_M"])
+        reason = space_fp32.reason(kernel, str(problem.fields["precision"]), block_m, values)
+        if reason:
+            return reason
     if values > _MAX_VALUES_PER_THREAD:
         return f"{values} fp32 values per thread would spill (limit {_MAX_VALUES_PER_THREAD})"
     needed = _shared_bytes(kernel, candidate, problem)
     if needed > device.shared_memory:
         return f"needs at least {needed} bytes of shared memory, the device has {device.shared_memory}"
     return None
+
+
+def _widest(problem: Problem) -> int:
+    """Returns the widest padded dim of a head, a value or a factor."""
+    return max(padded(int(problem.fields[name])) for name in ("head_dim", "value_dim", "rank_dim"))
 
 
 def _descriptor_reason(kernel: str, problem: Problem, device: DeviceInfo) -> str | None:
@@ -137,4 +153,9 @@ def _shared_bytes(kernel: str, candidate: Config, problem: Problem) -> int:
     dim, value_dim = padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"]))
     rows = int(candidate.params["BLOCK_M" if kernel == "backward_dkdv" else "BLOCK_N"])
     columns = dim + value_dim + int(problem.fields["rank_dim"])
-    return 2 * rows * columns * max(1, int(candidate.params["num_stages"]) - 1)
+    return (
+        (4 if problem.fields["dtype"] == "float32" else 2)
+        * rows
+        * columns
+        * max(1, int(candidate.params["num_stages"]) - 1)
+    )

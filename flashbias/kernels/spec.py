@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autotune.device import DeviceInfo
 from autotune.source import source_hash
-from autotune.spec import Case, Reference, Rule, Tensors, TensorSpec
+from autotune.spec import Case, Floor, Reference, Rule, Tensors, TensorSpec
 from cache_db.models import Config, Problem
 from flashbias import reference
 from flashbias.band import Band
@@ -26,6 +26,7 @@ from flashbias.kernels import arguments, binding, cases, factors, space
 from flashbias.kernels.arguments import Sizes
 from flashbias.kernels.binding import Binary
 from flashbias.kernels.factors import Packing
+from flashbias.kernels.precisions import floor_of, rounding_of
 from flashbias.kernels.problem import GRADIENTS, SOFT_FIELDS, packing, wanted
 
 _Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Band, float]
@@ -197,14 +198,16 @@ class AttentionSpec:
         return found
 
     def ideal(self, problem: Problem, inputs: Tensors) -> Tensors:
-        """Returns every output as the ideal 16-bit kernel gives it: P and dS rounded once, outputs rounded once."""
+        """Returns every output as the ideal kernel gives it: products' operands rounded once, outputs rounded once."""
         call, dout, dlse = _call(problem, inputs), inputs["dout"], inputs.get("dlse")
-        dtype = inputs["q"].dtype
+        dtype = rounding_of(str(problem.fields["dtype"]), str(problem.fields["precision"]))
         out, lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
         how: _How = {"compute_dtype": torch.float32, "wanted": _flags(problem), "dlse": dlse}
         gradients = reference.backward(dout, *call, out, lse, round_to=dtype, recentre=True, **how)
         found = {"out": out, "lse": lse, "delta": _delta(out.float(), dout.float(), lse, dlse)}
         found.update({name: value for name, value in gradients._asdict().items() if value is not None})
+        if "dmask" in found:
+            found["dmask"] = found["dmask"].to(inputs["mask"].dtype)
         return found
 
     def rule(self, output: str) -> Rule:
@@ -213,10 +216,9 @@ class AttentionSpec:
             return Rule("log")
         return Rule("rows", 2.0 if output == "out" else 3.0)
 
-    def floor_dtype(self, problem: Problem) -> torch.dtype:
-        """Returns the inputs' dtype."""
-        dtype: torch.dtype = getattr(torch, str(problem.fields["dtype"]))
-        return dtype
+    def floor_dtype(self, problem: Problem) -> torch.dtype | Floor:
+        """Returns the inputs' dtype, for fp32 ones the floor of their precision."""
+        return floor_of(str(problem.fields["dtype"]), str(problem.fields["precision"]), int(problem.fields["head_dim"]))
 
 
 def sizes_of(problem: Problem, inputs: Tensors) -> Sizes:

@@ -14,6 +14,7 @@ from autotune.gate.accuracy import yardstick
 from autotune.spec import Reference, Rule
 from flashbias import flash_bias_func, reference
 from flashbias.band import Band, band
+from flashbias.kernels.precisions import floor_of, rounding_of
 
 NAMES = ("q", "k", "v", "q_bias", "k_bias")
 SIX = (*NAMES, "mask")
@@ -250,12 +251,15 @@ def assert_solved(call: Call, names: Iterable[str] = SIX, tolerance: float = 1e-
         torch.testing.assert_close(value.double(), expected[name], rtol=allowed, atol=allowed)
 
 
-def assert_within_gate(call: Call, found: dict[str, Tensor], dout: Tensor, dlse: Tensor) -> None:
-    """Judges results ("out", "lse") and gradients (by input) of 16-bit inputs by the gate's own rule, row by row.
+def assert_within_gate(
+    call: Call, found: dict[str, Tensor], dout: Tensor, dlse: Tensor, precision: str = "default"
+) -> None:
+    """Judges results ("out", "lse") and gradients (by input) by the gate's own rule, row by row.
 
-    ``dout`` and ``dlse`` are the upstream gradients of O and LSE.
+    ``dout`` and ``dlse`` are the upstream gradients of O and LSE; ``precision`` is that of fp32 inputs.
     """
-    dtype = call.q.dtype
+    name = str(call.q.dtype).removeprefix("torch.")
+    dtype, floor = rounding_of(name, precision), floor_of(name, precision, call.q.shape[3])
     truth, truth_lse = reference.forward(*call.banded, compute_dtype=torch.float64)
     right = reference.backward(dout, *call.banded, truth, truth_lse, compute_dtype=torch.float64, dlse=dlse)
     sizes = reference.magnitudes(dout, *call.banded, truth, truth_lse, compute_dtype=torch.float64, dlse=dlse)
@@ -268,10 +272,10 @@ def assert_within_gate(call: Call, found: dict[str, Tensor], dout: Tensor, dlse:
         "lse": (Rule("log"), Reference(truth_lse), ideal_lse),
     }
     for name, value, size, yard in zip((*NAMES, "mask"), right, sizes[1:], best, strict=True):
-        if value is not None and yard is not None:
-            sticks[name] = (Rule("rows", 3.0), Reference(value, size), yard)
+        if value is not None and yard is not None and name in found:
+            sticks[name] = (Rule("rows", 3.0), Reference(value, size), yard.to(found[name].dtype))
     for name, value in found.items():
-        stick = yardstick(name, *sticks[name], dtype)
+        stick = yardstick(name, *sticks[name], floor)
         finding = stick.finding(stick.judge(value.detach()).tolist())
         assert finding.ratio <= 1, f"{name}: {finding}"
 
