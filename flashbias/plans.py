@@ -33,6 +33,7 @@ from flashbias.kernels.problem import (
     occupancy,
     packing,
     problem,
+    query_bucket,
     window_bucket,
 )
 from flashbias.precision import Precision
@@ -132,7 +133,7 @@ def plan_for(
         None if mask is None else (mask.dtype, _mask_dims(mask) if grads[5] else None),
         grads,
         q.shape[2] // k.shape[2],
-        bucket(q.shape[1]),
+        query_bucket(q.shape[1]),
         bucket(k.shape[1]),
         occupancy(q.shape[0], q.shape[2], q.shape[1], device.sm_count),
     )

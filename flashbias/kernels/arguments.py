@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from autotune.device import DeviceInfo
 from cache_db.models import Config, Problem
 from flashbias.band import Band
-from flashbias.kernels import factors
+from flashbias.kernels import factors, splitting
 from flashbias.kernels.backward_dkdv import backward_dkdv
 from flashbias.kernels.backward_dq import backward_dq
 from flashbias.kernels.backward_mask import backward_mask
@@ -60,7 +60,7 @@ def _settle_cache_keys() -> None:
     compiled again in the next: 1 to 2 s for each backward config.
     """
     if not triton.knobs.runtime.interpret:
-        for function in (*FUNCTIONS.values(), *factors.FUNCTIONS):
+        for function in (*FUNCTIONS.values(), *factors.FUNCTIONS, *splitting.FUNCTIONS.values()):
             _ = function.cache_key
 
 
@@ -68,6 +68,7 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
     """Compiles ``kernel`` in ``config`` for ``problem``; raises what Triton raises."""
     fields, params, gradients = problem.fields, config.params, wanted(problem)
     function = FUNCTIONS[kernel]
+    split = splitting.split_of(kernel, config, problem)
     _settle_cache_keys()
     mask = str(fields["mask"])
     constants = {
@@ -86,13 +87,15 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
         "WANT_DQ_BIAS": "q_bias" in gradients,
         "WANT_DK_BIAS": "k_bias" in gradients,
         "ONES_COLUMN": fields["ones_column"],
-        "DESCRIPTORS": config.variant == DESCRIPTORS,
+        "DESCRIPTORS": splitting.VARIANTS.get(config.variant, config.variant) == DESCRIPTORS,
+        "SPLIT": split is not None,
+        **({} if split else splitting.unsplit(function)),
         "BLOCK_M": params["BLOCK_M"],
         "BLOCK_N": params["BLOCK_N"],
         "BLOCK_D": padded(int(fields["head_dim"])),
         "BLOCK_DV": padded(int(fields["value_dim"])),
     }
-    return compile_binary(
+    binary = compile_binary(
         function,
         dtypes={"": str(fields["dtype"]), "mask_ptr": mask, "dmask_ptr": mask},
         aligned=problem.layout == "aligned",
@@ -100,6 +103,16 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
         options={name: int(params[name]) for name in ("num_warps", "num_stages")},
         capability=device.capability,
     )
+    if split is None:
+        return binary
+    combine = splitting.compile_combine(
+        kernel,
+        str(fields["dtype"]),
+        binary.constants,
+        aligned=problem.layout == "aligned",
+        capability=device.capability,
+    )
+    return replace(binary, split=split, combine=combine, binary=splitting.joined(binary, combine))
 
 
 def launch_kernel(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], sizes: Sizes, scale: float) -> None:
@@ -110,6 +123,7 @@ def launch_kernel(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], si
     (B, H, Sq). Absent ones are never read.
     """
     group = sizes.nheads // sizes.nheads_kv
+    splits, tensors = splitting.with_room(binary.split, tensors, sizes.batch * sizes.nheads)
     arguments: dict[str, Any] = {
         "batches": sizes.batch,
         "nheads": sizes.nheads,
@@ -122,16 +136,19 @@ def launch_kernel(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], si
         "has_dlse": int("dlse" in tensors),
         "rank": sizes.columns,
         "factor_columns": tensors["q_factor"].shape[3] if "q_factor" in tensors else 0,
+        "splits": splits,
         "scale": scale,
     }
     if "dmask" in tensors:
         arguments["mask_batches"], arguments["mask_nheads"] = tensors["dmask"].shape[:2]
-    for name in binary.arguments:
+    for name in binary.arguments if binary.combine is None else (*binary.arguments, *binary.combine.arguments):
         if name.endswith("_ptr"):
             arguments[name] = tensors.get(name[:-4], tensors["q"])
         elif name.endswith("_strides"):
             arguments[name] = _strides_of(name[:-8], tensors)
-    launch_binary(binary, _programs(kernel, binary, tensors, sizes), arguments)
+    launch_binary(binary, _programs(kernel, binary, tensors, sizes), arguments, splits)
+    if binary.combine is not None:
+        launch_binary(binary.combine, sizes.batch * sizes.nheads * sizes.seqlen_q, arguments)
 
 
 def _factor_group(tensors: Mapping[str, Tensor], sizes: Sizes, group: int) -> int:
@@ -179,6 +196,7 @@ def as_bytes(mask: Tensor, sizes: Sizes) -> Tensor:
 # What, beside the kernels, decides what a launch computes: part of the source hash.
 HOST_FUNCTIONS: Final[tuple[Any, ...]] = (
     *factors.HOST_FUNCTIONS,
+    *splitting.HOST_FUNCTIONS,
     compile_kernel,
     launch_kernel,
     _factor_group,
@@ -187,4 +205,4 @@ HOST_FUNCTIONS: Final[tuple[Any, ...]] = (
     _strides,
     as_bytes,
 )
-CONSTANTS: Final[Mapping[str, object]] = {"mask codes": _MASK_CODES, "additive": _ADDITIVE}
+CONSTANTS: Final[Mapping[str, object]] = {"mask codes": _MASK_CODES, "additive": _ADDITIVE, **splitting.CONSTANTS}

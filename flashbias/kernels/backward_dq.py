@@ -6,6 +6,8 @@ There are two passes and no atomics in either, so gradients are bitwise repeatab
 import triton
 import triton.language as tl
 
+from flashbias.kernels.combining import split_tiles, store_sums
+from flashbias.kernels.emulation import cut
 from flashbias.kernels.primitives import (
     band_tiles,
     blind_rows_high,
@@ -149,6 +151,11 @@ def backward_dq(
     dout_ptr,
     dlse_ptr,
     delta_ptr,
+    partial_dq_ptr,
+    partial_ds_factor_ptr,
+    partial_p_factor_ptr,
+    partial_ds_sum_ptr,
+    partial_p_sum_ptr,
     dq_ptr,
     dq_bias_ptr,
     q_strides,
@@ -183,12 +190,16 @@ def backward_dq(
     WANT_DQ_BIAS: tl.constexpr,
     ONES_COLUMN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Computes BLOCK_M rows of delta = rowsum(O ∘ dO) - dLSE, dQ and dQ_bias of one (batch, head)."""
+    """Computes BLOCK_M rows of delta = rowsum(O ∘ dO) - dLSE, dQ and dQ_bias of one (batch, head).
+
+    ``SPLIT``: delta, and one split's share of the sums that the others are made from.
+    """
     tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, HIGH and not LOW)
     kv_head = head // group
     start_q = tile * BLOCK_M
@@ -204,13 +215,19 @@ def backward_dq(
     dout = load_tile(
         dout_base, start_q, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
     )
+    if PRECISION == "tf32":
+        # The tensor core would cut dO off in dP alone: where few keys are seen dP and delta cancel, and must agree.
+        dout = cut(dout)
     # dLSE is no gradient of O: it joins through dS = P (dP - rowsum(O ∘ dO) + dLSE). Rows without a key have none.
     lse = load_row_values(lse_ptr + row_base, start_q, seqlen_q, -float("inf"), BLOCK_M)
     given = (offsets_q < seqlen_q * has_dlse) & (lse != -float("inf"))
     dlse = tl.load(dlse_ptr + row_base + offsets_q, mask=given, other=0.0).to(tl.float32)
     lse = blind_rows_high(lse)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse
-    tl.store(delta_ptr + row_base + offsets_q, delta, mask=offsets_q < seqlen_q)
+    written = offsets_q < seqlen_q
+    if SPLIT:  # each split needs delta, the first one stores it
+        written &= tl.program_id(1) == 0
+    tl.store(delta_ptr + row_base + offsets_q, delta, mask=written)
 
     if WANT_DQ or WANT_DQ_BIAS:
         q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
@@ -240,6 +257,8 @@ def backward_dq(
             )
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         begin, full_first, full_last, end = band_tiles(start_q, seqlen_k, low, high, LOW, HIGH, BLOCK_M, BLOCK_N)
+        if SPLIT:
+            begin, full_first, full_last, end = split_tiles(begin, full_first, full_last, end, BLOCK_N)
         width = full_last - full_first
         for EDGE in tl.static_range(2):
             edge_first, edge_last = (begin, end - width) if LOW else (full_last, end)
@@ -287,10 +306,32 @@ def backward_dq(
                 BLOCK_DV,
                 EDGE,
             )
-        if WANT_DQ:
+        if SPLIT:
+            store_sums(
+                dq,
+                ds_factor,
+                p_factor,
+                ds_sum,
+                p_sum,
+                partial_dq_ptr,
+                partial_ds_factor_ptr,
+                partial_p_factor_ptr,
+                partial_ds_sum_ptr,
+                partial_p_sum_ptr,
+                start_q,
+                seqlen_q,
+                HEAD_DIM,
+                RANK,
+                WANT_DQ,
+                WANT_DQ_BIAS,
+                ONES_COLUMN,
+                BLOCK_M,
+                BLOCK_D,
+            )
+        if WANT_DQ and not SPLIT:
             dq_base = dq_ptr + batch * dq_strides[0] + head * dq_strides[2]
             store_tile(dq_base, dq * scale, start_q, dq_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D)
-        if WANT_DQ_BIAS:
+        if WANT_DQ_BIAS and not SPLIT:
             dq_bias_base = dq_bias_ptr + batch * dq_bias_strides[0] + head * dq_bias_strides[2]
             dq_factor = recentred(ds_factor, p_factor, ds_sum, p_sum, dlse, rank, ONES_COLUMN)
             store_factor_gradient(dq_bias_base, dq_factor, start_q, dq_bias_strides[1], seqlen_q, rank, BLOCK_M, RANK)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from triton.compiler import ASTSource
 from triton.runtime import _allocation
 
 from cache_db.models import Scalar
+
+if TYPE_CHECKING:
+    from flashbias.kernels.splitting import Split
 
 _SCALARS = {
     "batches": "i32",
@@ -37,6 +40,7 @@ _SCALARS = {
     "has_dlse": "i32",
     "factor_columns": "i32",
     "rank": "i32",
+    "splits": "i32",
     "q_nheads": "i32",
     "k_nheads": "i32",
     "q_rows": "i64",
@@ -56,6 +60,7 @@ _NO_BITS: Final = 8  # ELF's section type for memory that the file does not hold
 # These are read through all four strides; of the others the last is 1.
 _ANY_STRIDES = frozenset({"mask_strides", "dmask_strides", "q_bias_strides", "k_bias_strides"})
 _FP32_POINTERS = frozenset({"lse_ptr", "dlse_ptr", "delta_ptr", "dq_bias_ptr", "dk_bias_ptr"})
+_SCRATCH = "partial_"  # what splits found: fp32 as well
 # Row values and factor gradients have rows of any length, masks any strides: neither is promised to be aligned.
 _UNALIGNED = frozenset(
     {"mask_ptr", "mask_strides", "dmask_ptr", "dmask_strides", "dlse_ptr", "dq_bias_strides", "dk_bias_strides"}
@@ -64,7 +69,10 @@ _UNALIGNED = frozenset(
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel. ``binary`` is the SHA-256 of its machine code, "" in the interpreter."""
+    """A compiled kernel. ``binary`` is the SHA-256 of its machine code, "" in the interpreter.
+
+    ``split`` says how a kernel that splits keys does, and ``combine`` is what merges its splits.
+    """
 
     function: Any
     compiled: Any
@@ -72,11 +80,15 @@ class Binary:
     arguments: tuple[str, ...]
     binary: str
     stats: Mapping[str, Scalar] = field(default_factory=dict)
+    split: Split | None = None
+    combine: Binary | None = None
 
     def load(self) -> Binary:
         """Loads the machine code onto the current device, and Triton's C launcher with it; raises what that raises."""
         if self.compiled is not None:
             _ = self.compiled.run
+        if self.combine is not None:
+            self.combine.load()
         return self
 
 
@@ -85,7 +97,8 @@ def signature_of(function: Any, dtypes: Mapping[str, str]) -> dict[str, Any]:
     signature: dict[str, Any] = {}
     for name in function.arg_names:
         if name.endswith("_ptr"):
-            dtype = "float32" if name in _FP32_POINTERS else dtypes.get(name, dtypes[""])
+            single = name in _FP32_POINTERS or name.startswith(_SCRATCH)
+            dtype = "float32" if single else dtypes.get(name, dtypes[""])
             signature[name] = "*" + _ELEMENT[dtype]
         elif name.endswith("_strides"):
             signature[name] = ("i64",) * (4 if name in _ANY_STRIDES else 3)
@@ -127,11 +140,13 @@ def compile_binary(
     arguments = tuple(name for name in function.arg_names if name not in constants)
     if triton.knobs.runtime.interpret:
         return Binary(function, None, dict(constants), arguments, "")
+    absent = {index for index, name in enumerate(function.arg_names) if name in constants}
+    attributes = attributes_of(function, aligned, 4 if dtypes[""] == "float32" else 8)
     source = ASTSource(
         fn=function,
-        signature=signature_of(function, dtypes),
+        signature=signature_of(function, dtypes) | dict.fromkeys(constants, "constexpr"),
         constexprs=dict(constants),
-        attrs=attributes_of(function, aligned, 4 if dtypes[""] == "float32" else 8),
+        attrs={place: fact for place, fact in attributes.items() if place[0] not in absent},
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     # What was measured was compiled with multiply-adds fused; from 3.10 on Triton fuses only when told to.
@@ -180,8 +195,8 @@ def _scratch_allocator() -> Iterator[None]:
         _allocation._allocator.reset(token)  # noqa: SLF001
 
 
-def launch_binary(binary: Binary, programs: int, arguments: Mapping[str, Any]) -> None:
-    """Enqueues ``programs`` programs on the current stream of the current device.
+def launch_binary(binary: Binary, programs: int, arguments: Mapping[str, Any], splits: int = 1) -> None:
+    """Enqueues ``programs`` programs, each once for every split, on the current stream of the current device.
 
     ``arguments`` holds a value for each run-time argument: tensors for pointers, int tuples for strides.
     """
@@ -190,13 +205,15 @@ def launch_binary(binary: Binary, programs: int, arguments: Mapping[str, Any]) -
     if binary.compiled is None:
         # A GPU has no floating-point warnings either: rows past the end may overflow before they are clipped.
         with np.errstate(all="ignore"):
-            binary.function[(programs,)](**{name: arguments[name] for name in binary.arguments}, **binary.constants)
+            binary.function[(programs, splits)](
+                **{name: arguments[name] for name in binary.arguments}, **binary.constants
+            )
         return
     constants = binary.constants
     values: Sequence[Any] = [
         constants[name] if name in constants else arguments[name] for name in binary.function.arg_names
     ]
-    launch = binary.compiled[(programs, 1, 1)]
+    launch = binary.compiled[(programs, splits, 1)]
     if binary.compiled.metadata.global_scratch_size:
         with _scratch_allocator():
             launch(*values)
@@ -210,5 +227,6 @@ CONSTANTS: Final[Mapping[str, object]] = {
     "scalars": _SCALARS,
     "any strides": sorted(_ANY_STRIDES),
     "fp32 pointers": sorted(_FP32_POINTERS),
+    "scratch": _SCRATCH,
     "unaligned": sorted(_UNALIGNED),
 }

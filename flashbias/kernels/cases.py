@@ -22,7 +22,8 @@ from autotune.device import DeviceInfo
 from autotune.spec import Case, Tensors
 from cache_db.models import Problem, Scalar
 from flashbias.band import Band
-from flashbias.kernels.problem import wanted
+from flashbias.kernels import few_queries
+from flashbias.kernels.problem import FEW_QUERIES, wanted
 from flashbias.rounding import tf32
 
 # Query tiles of 128 rows per multiprocessor that stand for each occupancy class.
@@ -46,6 +47,9 @@ def representative(problem: Problem, device: DeviceInfo) -> Case:
 
 def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
     """Returns the proof's cases; the first alone is the quick proof."""
+    if int(problem.fields["seqlen_q"]) <= FEW_QUERIES:
+        listed = few_queries.INTERPRETED_PROOF if device.interpreted else few_queries.PROOF
+        return [_case(name, problem, *sizes, **options) for name, sizes, options in listed]
     if device.interpreted:
         return [
             _case("ragged", problem, 1, 2, _INTERPRETED_ROWS, _INTERPRETED_ROWS + 9),
@@ -67,7 +71,11 @@ def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
 
 
 def race(problem: Problem, device: DeviceInfo) -> Case:
-    """Returns sizes of 1.25 waves of 64-row tiles at two blocks a multiprocessor."""
+    """Returns sizes of 1.25 waves of 64-row tiles at two blocks a multiprocessor, or what splits of few queries need."""
+    if int(problem.fields["seqlen_q"]) <= FEW_QUERIES:
+        group = int(problem.fields["gqa_group"])
+        few = few_queries.race_sizes(device.sm_count, group)
+        return _case("race", problem, *(few_queries.INTERPRETED_RACE if device.interpreted else few))
     if device.interpreted:
         return _case("race", problem, 1, 1, _INTERPRETED_ROWS, _INTERPRETED_ROWS)
     # Under grouped queries a key tile is walked once for each group, so it takes more heads, over fewer queries.

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from flashbias.kernels.combining import split_tiles, store_partial
 from flashbias.kernels.primitives import (
     LN2,
     band_tiles,
@@ -123,6 +124,9 @@ def forward(
     mask_ptr,
     out_ptr,
     lse_ptr,
+    partial_out_ptr,
+    partial_max_ptr,
+    partial_sum_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -147,12 +151,13 @@ def forward(
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Computes BLOCK_M rows of O and LSE of one (batch, head)."""
+    """Computes BLOCK_M rows of O and LSE of one (batch, head); ``SPLIT``: one split's share of what they are made from."""
     tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, HIGH and not LOW)
     kv_head = head // group
     start_q = tile * BLOCK_M
@@ -183,6 +188,8 @@ def forward(
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     begin, full_first, full_last, end = band_tiles(start_q, seqlen_k, low, high, LOW, HIGH, BLOCK_M, BLOCK_N)
+    if SPLIT:
+        begin, full_first, full_last, end = split_tiles(begin, full_first, full_last, end, BLOCK_N)
     width = full_last - full_first
     for EDGE in tl.static_range(2):
         # Without a lower bound begin is full_first, and the edge loop starts at full_last.
@@ -226,9 +233,14 @@ def forward(
             EDGE,
         )
 
-    # A row that saw no key has row_sum 0: O is 0 there and LSE -inf.
-    divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
-    out_base = out_ptr + batch * out_strides[0] + head * out_strides[2]
-    store_tile(out_base, acc / divisor[:, None], start_q, out_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV)
-    lse_base = lse_ptr + (batch * nheads + head) * seqlen_q
-    tl.store(lse_base + offsets_q, row_max + tl.log2(divisor) * LN2, mask=offsets_q < seqlen_q)
+    if SPLIT:
+        store_partial(partial_out_ptr, acc, start_q, seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV)
+        store_partial(partial_max_ptr, row_max[:, None], start_q, seqlen_q, 1, BLOCK_M, 1)
+        store_partial(partial_sum_ptr, row_sum[:, None], start_q, seqlen_q, 1, BLOCK_M, 1)
+    else:
+        # A row that saw no key has row_sum 0: O is 0 there and LSE -inf.
+        divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
+        out_base = out_ptr + batch * out_strides[0] + head * out_strides[2]
+        store_tile(out_base, acc / divisor[:, None], start_q, out_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV)
+        lse_base = lse_ptr + (batch * nheads + head) * seqlen_q
+        tl.store(lse_base + offsets_q, row_max + tl.log2(divisor) * LN2, mask=offsets_q < seqlen_q)

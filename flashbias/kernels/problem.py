@@ -1,6 +1,6 @@
 """Attention's problem fields: what decides which configuration is fastest, as flat scalars.
 
-Lengths are bucketed to the next power of two (at least 128), and batch times heads enters only as *occupancy*,
+Lengths are bucketed to the next power of two (at least 128, or 16 and 64 for few queries), and batch times heads enters only as *occupancy*,
 the number of 128-row query tiles per multiprocessor, so that one tuned problem serves many shapes.
 """
 
@@ -27,6 +27,7 @@ SPEC: Final = "flashbias.kernels.spec:ATTENTION"
 MAX_HEAD_DIM: Final = 256
 MAX_RANK: Final = 256
 SOFT_FIELDS: Final = frozenset({"seqlen_q", "seqlen_k", "occupancy"})
+FEW_QUERIES: Final = 64
 _OCCUPANCY_ROWS: Final = 128
 
 Dim = Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
@@ -125,6 +126,11 @@ def bucket(seqlen: int) -> int:
     return max(128, 1 << (seqlen - 1).bit_length())
 
 
+def query_bucket(seqlen_q: int) -> int:
+    """Returns the bucket of the number of queries: 16 or 64 for few of them, whose keys may be split, else its length's."""
+    return 16 if seqlen_q <= 16 else FEW_QUERIES if seqlen_q <= FEW_QUERIES else bucket(seqlen_q)
+
+
 def occupancy(batch: int, nheads: int, seqlen_q: int, sm_count: int) -> str:
     """Returns how many 128-row query tiles a multiprocessor gets: "<1", "1-4" or ">4"."""
     tiles = batch * nheads * -(-seqlen_q // _OCCUPANCY_ROWS) / sm_count
@@ -174,7 +180,7 @@ def problem(shape: Shape, device: DeviceInfo, band: Band | None = None) -> Probl
             "grads": ",".join(grads),
             "precision": shape.arithmetic,
             "deterministic": True,
-            "seqlen_q": bucket(shape.seqlen_q),
+            "seqlen_q": query_bucket(shape.seqlen_q),
             "seqlen_k": bucket(shape.seqlen_k),
             "occupancy": occupancy(shape.batch, shape.nheads, shape.seqlen_q, device.sm_count),
         },

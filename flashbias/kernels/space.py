@@ -7,14 +7,16 @@ from typing import Final
 
 from autotune.device import DeviceInfo
 from cache_db.models import Config, Problem, Scalar
-from flashbias.kernels import space_fp32
-from flashbias.kernels.problem import wanted
+from flashbias.kernels import space_fp32, splitting
+from flashbias.kernels.problem import FEW_QUERIES, wanted
 
 IMPLEMENTATION: Final = "triton"
 KERNELS: Final = ("forward", "backward_dq", "backward_dkdv", "backward_mask")
 POINTERS: Final = "pointers"
 DESCRIPTORS: Final = "descriptors"
+SPLIT_POINTERS, SPLIT_DESCRIPTORS = splitting.VARIANTS
 
+_VARIANTS: Final = (POINTERS, DESCRIPTORS, SPLIT_POINTERS, SPLIT_DESCRIPTORS)
 _BLOCKS: Final = (16, 32, 64, 128)
 _WARPS: Final = (2, 4, 8)
 _STAGES: Final = (1, 2, 3, 4)
@@ -23,6 +25,17 @@ _PARAMS: Final = {"BLOCK_M": _BLOCKS, "BLOCK_N": _BLOCKS, "num_warps": _WARPS, "
 # sm_90 at headdim 32, 64 and 128, and none of them came within 20 % of the fastest.
 _MAX_VALUES_PER_THREAD: Final = 288
 _NARROW_RANK: Final = 16
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) for each bucket of few queries: of configs with whole keys, and with split.
+_FEW_TILES: Final = {
+    16: (
+        ((16, 32, 2, 2), (16, 32, 4, 2), (16, 64, 4, 2), (16, 64, 4, 3), (16, 128, 4, 2), (16, 128, 4, 3)),
+        ((16, 64, 2, 3), (16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2), (16, 128, 4, 3), (16, 128, 8, 3)),
+    ),
+    64: (
+        ((16, 32, 4, 2), (16, 64, 4, 3), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
+        ((16, 64, 4, 3), (16, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2)),
+    ),
+}
 
 
 def config(variant: str, block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
@@ -36,6 +49,12 @@ def config(variant: str, block_m: int, block_n: int, num_warps: int, num_stages:
     return Config(implementation=IMPLEMENTATION, variant=variant, params=params)
 
 
+def split_config(variant: str, block_m: int, block_n: int, num_warps: int, num_stages: int, waves: int) -> Config:
+    """Returns one config of a split variant, with about ``waves`` programs for each multiprocessor."""
+    plain = config(variant, block_m, block_n, num_warps, num_stages)
+    return plain.model_copy(update={"params": {**plain.params, "WAVES": waves}})
+
+
 def padded(dim: int) -> int:
     """Returns the power of two (at least 16, the tensor core's step) that a head dim is computed with."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -43,13 +62,16 @@ def padded(dim: int) -> int:
 
 def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
     """Returns every config worth trying for any kernel, before ``rejects`` is asked."""
+    few, dim = int(problem.fields["seqlen_q"]) <= FEW_QUERIES, _widest(problem)
     if device.interpreted:
-        return [config(POINTERS, 32, 32, 4, 1), config(DESCRIPTORS, 32, 32, 4, 1), config(POINTERS, 16, 32, 4, 1)]
-    blocks = [(128, 128), (128, 64), (64, 128), (64, 64)]
-    dim = _widest(problem)
+        second = split_config(SPLIT_DESCRIPTORS, 16, 32, 4, 1, 4) if few else config(DESCRIPTORS, 32, 32, 4, 1)
+        return [config(POINTERS, 32, 32, 4, 1), second, config(DESCRIPTORS if few else POINTERS, 16, 32, 4, 1)]
     if problem.fields["dtype"] == "float32":
         tiles = space_fp32.tiles(str(problem.fields["precision"]), dim)
         return [config(variant, *tile) for tile, variant in product(tiles, (DESCRIPTORS, POINTERS))]
+    if few:
+        return _few_queries(16 if int(problem.fields["seqlen_q"]) <= 16 else FEW_QUERIES)
+    blocks = [(128, 128), (128, 64), (64, 128), (64, 64)]
     if problem.fields["occupancy"] == "<1" or dim > 64:
         blocks += [(64, 32), (32, 64)]
     if dim > 128:
@@ -67,6 +89,17 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Config]:
     return sorted(found, key=lambda each: -_scores_per_warp(each))
 
 
+def _few_queries(bucket: int) -> list[Config]:
+    """Returns the configs for so few queries: small tiles of them, keys in one piece or split."""
+    whole, shared = _FEW_TILES[bucket]
+    found = [config(variant, *tile) for tile, variant in product(whole, (DESCRIPTORS, POINTERS))]
+    # The number of splits is none of the compiler's business: all waves of one tile are one binary, compiled once if
+    # they do not stand side by side in the queue.
+    for waves in splitting.WAVES:
+        found += [split_config(variant, *tile, waves) for tile, variant in product(shared, splitting.VARIANTS)]
+    return found
+
+
 def default(kernel: str, problem: Problem, device: DeviceInfo) -> Config:
     """Returns the conservative config: pointers, small tiles, 4 warps; right wherever it compiles."""
     if device.interpreted:
@@ -76,26 +109,30 @@ def default(kernel: str, problem: Problem, device: DeviceInfo) -> Config:
         return config(POINTERS, *space_fp32.default_tile(kernel, str(problem.fields["precision"]), dim))
     if dim > 128:
         return config(POINTERS, 32, 32, 4, 1)
+    block_m = 16 if int(problem.fields["seqlen_q"]) <= FEW_QUERIES else 64
     wide = dim > 64 or int(problem.fields["rank_dim"]) > 32
-    return config(POINTERS, 64, 32 if wide else 64, 4, 2 if kernel == "forward" else 1)
+    return config(POINTERS, block_m, 32 if wide else 64, 4, 2 if kernel == "forward" else 1)
 
 
 def rejects(kernel: str, candidate: Config, problem: Problem, device: DeviceInfo) -> str | None:
     """Returns the reason why ``candidate`` may not run ``kernel`` of ``problem`` here, or None."""
     if kernel not in KERNELS:
         return f"unknown kernel {kernel!r}"
-    if candidate.implementation != IMPLEMENTATION or candidate.variant not in (POINTERS, DESCRIPTORS):
+    if candidate.implementation != IMPLEMENTATION or candidate.variant not in _VARIANTS:
         return f"unknown implementation {candidate.implementation}/{candidate.variant}"
-    for name, allowed in _PARAMS.items():
+    split = candidate.variant in splitting.VARIANTS
+    params = {**_PARAMS, "WAVES": splitting.WAVES} if split else _PARAMS
+    for name, allowed in params.items():
         value = candidate.params.get(name)
         if type(value) is not int or value not in allowed:
             return f"{name} must be one of {allowed}"
-    if len(candidate.params) != len(_PARAMS):
-        return f"params must be exactly {', '.join(_PARAMS)}"
-    if candidate.variant == DESCRIPTORS:
-        reason = _descriptor_reason(kernel, problem, device)
-        if reason:
-            return reason
+    if len(candidate.params) != len(params):
+        return f"params must be exactly {', '.join(params)}"
+    reason = splitting.reason_against(kernel, problem) if split else None
+    if candidate.variant in (DESCRIPTORS, SPLIT_DESCRIPTORS):
+        reason = reason or _descriptor_reason(kernel, problem, device)
+    if reason:
+        return reason
     if device.interpreted:
         return None
     values = _values_per_thread(kernel, candidate, problem)
@@ -153,9 +190,5 @@ def _shared_bytes(kernel: str, candidate: Config, problem: Problem) -> int:
     dim, value_dim = padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"]))
     rows = int(candidate.params["BLOCK_M" if kernel == "backward_dkdv" else "BLOCK_N"])
     columns = dim + value_dim + int(problem.fields["rank_dim"])
-    return (
-        (4 if problem.fields["dtype"] == "float32" else 2)
-        * rows
-        * columns
-        * max(1, int(candidate.params["num_stages"]) - 1)
-    )
+    itemsize = 4 if problem.fields["dtype"] == "float32" else 2
+    return itemsize * rows * columns * max(1, int(candidate.params["num_stages"]) - 1)

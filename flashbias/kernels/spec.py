@@ -22,7 +22,7 @@ from autotune.spec import Case, Floor, Reference, Rule, Tensors, TensorSpec
 from cache_db.models import Config, Problem
 from flashbias import reference
 from flashbias.band import Band
-from flashbias.kernels import arguments, binding, cases, factors, space
+from flashbias.kernels import arguments, binding, cases, factors, space, splitting
 from flashbias.kernels.arguments import Sizes
 from flashbias.kernels.binding import Binary
 from flashbias.kernels.factors import Packing
@@ -50,8 +50,10 @@ CONSTANTS: Final = {**binding.CONSTANTS, **factors.CONSTANTS, **arguments.CONSTA
 @functools.cache
 def source() -> str:
     """Returns the hash of everything that decides what the kernels compute."""
-    functions = [*arguments.FUNCTIONS.values(), *factors.FUNCTIONS, *arguments.HOST_FUNCTIONS]
-    return source_hash([*functions, *binding.HOST_FUNCTIONS, packing, space.padded], CONSTANTS)
+    functions = [*arguments.FUNCTIONS.values(), *factors.FUNCTIONS, *splitting.FUNCTIONS.values()]
+    return source_hash(
+        [*functions, *arguments.HOST_FUNCTIONS, *binding.HOST_FUNCTIONS, packing, space.padded], CONSTANTS
+    )
 
 
 def softmax_scale(problem: Problem) -> float:
@@ -122,11 +124,14 @@ class AttentionSpec:
         return found
 
     def scratch(self, kernel: str, problem: Problem, config: Config, case: Case) -> dict[str, TensorSpec]:
-        """Returns room for the packed factors, what balances them, and the gradients of their packed columns."""
-        del config
-        if not problem.fields["rank_dim"]:
-            return {}
+        """Returns room for what splits find, the packed factors, what balances them, and their columns' gradients."""
         sizes = case.sizes
+        split = splitting.split_of(kernel, config, problem)
+        lengths = (int(sizes[name]) for name in ("seqlen_q", "seqlen_k"))
+        shapes = split.shapes(int(sizes["batch"]) * int(sizes["nheads"]), *lengths) if split else {}
+        partial = {name: TensorSpec.contiguous(shape, torch.float32) for name, shape in shapes.items()}
+        if not problem.fields["rank_dim"]:
+            return partial
         how = _packing(kernel, problem, int(sizes["rank"]))
         dtype = getattr(torch, how.dtype)
         found = {
@@ -141,7 +146,7 @@ class AttentionSpec:
         if how.split and side and f"{side}_bias" in wanted(problem):
             shape = (int(sizes["batch"]), int(sizes[f"seqlen_{side}"]), int(sizes["nheads"]), how.used)
             found[f"d{side}_packed"] = TensorSpec.contiguous(shape, torch.float32)
-        return found
+        return found | partial
 
     def candidates(self, kernel: str, problem: Problem, device: DeviceInfo) -> Sequence[Config]:
         """Returns every config worth trying."""
@@ -165,9 +170,9 @@ class AttentionSpec:
     ) -> None:
         """Packs the factors where needed, enqueues one run, and gathers the gradients of split factors, as the launcher does."""
         sizes = sizes_of(problem, inputs)
-        tensors = {**inputs, **outputs}
+        tensors = {**inputs, **outputs, **{name: scratch[name] for name in scratch if name.startswith("partial_")}}
         packed = None
-        if scratch:
+        if "q_factor" in scratch:
             how = _packing(kernel, problem, inputs["q_bias"].shape[3])
             packed = factors.prepare(inputs["q_bias"], inputs["k_bias"], how, lambda name, *_: scratch[name])
             tensors |= {"q_factor": packed.q_factor, "k_factor": packed.k_factor}

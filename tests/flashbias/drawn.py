@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autotune.device import DeviceInfo
+from cache_db.models import Config, Problem
 from flashbias import plans
 from flashbias.band import Band
 from flashbias.kernels import space
@@ -25,14 +26,14 @@ LAYOUTS = ("contiguous", "heads first", "unaligned", "gaps between rows", "colum
 
 
 @contextmanager
-def default_configs() -> Iterator[None]:
-    """Runs every call with its default configs, compiled but not proven: what is tested are the kernels, not the tuner."""
+def default_configs(choose: Callable[[str, Problem, DeviceInfo], Config] = space.default) -> Iterator[None]:
+    """Runs every call with the configs that ``choose`` gives, compiled but not proven: the kernels are tested, not the tuner."""
 
     def make(shape: Shape, seen: Band, device: DeviceInfo, _: Any) -> plans.Plan:
         found = problem(shape, device, seen)
         binaries = {}
         for kernel in ATTENTION.kernels(found):
-            config = space.default(kernel, found, device)
+            config = choose(kernel, found, device)
             binaries[kernel] = compile_kernel(kernel, config, found, device).load()
         return plans.Plan(binaries, found.layout == "aligned")
 
