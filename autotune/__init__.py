@@ -3,12 +3,18 @@
 One door: :func:`resolve` turns a problem into the configs to run.
 """
 
-from autotune.device import DeviceInfo
-from autotune.errors import AutotuneError, CacheMiss, SettingsError
-from autotune.proofs import Choice
-from autotune.settings import Mode, Settings
-from autotune.spec import KernelSpec
-from autotune.tuner import Resolution, confirm, forget, resolve
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autotune.device import DeviceInfo
+    from autotune.errors import AutotuneError, CacheMiss, SettingsError
+    from autotune.proofs import Choice
+    from autotune.settings import Mode, Settings
+    from autotune.spec import KernelSpec
+    from autotune.tuner import Resolution, confirm, forget, resolve
 
 __all__ = [
     "AutotuneError",
@@ -24,3 +30,30 @@ __all__ = [
     "forget",
     "resolve",
 ]
+
+_HOMES = {
+    "AutotuneError": "errors",
+    "CacheMiss": "errors",
+    "Choice": "proofs",
+    "DeviceInfo": "device",
+    "KernelSpec": "spec",
+    "Mode": "settings",
+    "Resolution": "tuner",
+    "Settings": "settings",
+    "SettingsError": "errors",
+    "confirm": "tuner",
+    "forget": "tuner",
+    "resolve": "tuner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: who only reads the database pays for neither torch nor Triton."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import triton
 
+from autotune.place import INTERPRETER
 from cache_db.models import Environment
-
-INTERPRETER = "triton-interpreter"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final, Self
 
+from autotune.detail import OutputDetail
 from autotune.device import DeviceInfo
 from autotune.gate.accuracy import GateFault
 from autotune.process import Child, ChildDied, Message, SandboxError, environment
@@ -46,7 +47,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one candidate. ``level`` is the proof reached (0 unless ``verdict`` is safe)."""
+    """What became of one candidate. ``level`` is the proof reached (0 unless ``verdict`` is safe).
+
+    ``details`` tell of every output on every case that was judged, if they were asked for.
+    """
 
     verdict: Verdict
     level: int = 0
@@ -55,6 +59,7 @@ class Outcome:
     seed: int = 0
     binary: str = ""
     seconds: float = 0.0
+    details: tuple[OutputDetail, ...] = ()
 
     @property
     def safe(self) -> bool:
@@ -117,14 +122,29 @@ class Sandbox:
         level: int,
         seed: int,
         repeats: int | None = None,
+        *,
+        detail: bool = False,
     ) -> Outcome:
         """Puts one config through the gate at ``level`` 1 or 2, with ``repeats`` race repeats instead of the level's own.
+
+        ``detail`` asks for the figures of every output, and has a wrong config judged on all cases.
 
         ``proven_with`` names the config of every kernel that ``kernel`` depends on; those run first, on the same inputs.
         """
         question: Message = {"do": "prove", "kernel": kernel, "config": config.model_dump(), "level": level}
-        question |= {"proven_with": _dump(proven_with), "seed": seed, "repeats": repeats}
+        question |= {"proven_with": _dump(proven_with), "seed": seed, "repeats": repeats, "detail": detail}
         return self._judge(question, seed)
+
+    def fingerprints(self, seed: int) -> list[str]:
+        """Returns the SHA-256 of each run of a reference computation that any healthy device repeats to the bit.
+
+        Raises GateFault also when the child dies of it: no candidate is involved.
+        """
+        try:
+            found: list[str] = self._ask({"do": "fingerprints", "seed": seed})["fingerprints"]
+        except ChildDied as death:
+            raise GateFault(f"a reference computation failed: {death.reason}") from death
+        return found
 
     def measure(
         self, kernel: str, configs: Sequence[Config], proven_with: Mapping[str, Config], rounds: int
@@ -261,4 +281,5 @@ def _dump(configs: Mapping[str, Config]) -> Message:
 
 
 def _outcome(data: Message) -> Outcome:
-    return Outcome(**{**data, "verdict": Verdict(data["verdict"])})
+    details = tuple(OutputDetail.model_validate(each) for each in data.get("details", ()))
+    return Outcome(**{**data, "verdict": Verdict(data["verdict"]), "details": details})

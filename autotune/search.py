@@ -12,18 +12,19 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from autotune.candidate import Candidate, told
 from autotune.compilation import Compilation
+from autotune.plan import Plan
 from autotune.progress import track
-from autotune.proofs import Scene, hashes
 from autotune.sandbox import Outcome
-from autotune.settings import INTERPRETER_SECONDS, Mode
-from cache_db.models import Config, Trial, Verdict, Winner
+from autotune.scene import Scene, hashes
+from autotune.settings import INTERPRETER_SECONDS
+from autotune.steadiness import Watch
+from cache_db.models import Config, Verdict, Winner
 
-INTERPRETER_CANDIDATES: Final = 3
 FINALISTS: Final = 4
 CLOSE: Final = 1.2  # a finalist is at most this much slower than the fastest; quick times are a few per cent off
 HOPELESS: Final = 1.5  # slower than this, a candidate cannot win once there are enough safe ones, and is not proven
@@ -52,66 +53,35 @@ class Sweep:
         return {kernel: plan.total for kernel, plan in self._plans.items()}
 
     def run(self) -> dict[str, Winner]:
-        """Returns a winner of every kernel, or nothing, and why in ``failure``, when some kernel has none."""
+        """Returns a winner of every kernel, or nothing, and why in ``failure``, when some kernel has none.
+
+        Raises SuspectDevice, with no trial left in force, when the GPU does not repeat a reference computation.
+        """
         scene = self._scene
         deadline = time.monotonic() + self.seconds
         items = [(kernel, config) for kernel, plan in self._plans.items() for config in plan.to_compile]
-        compilation = Compilation(scene.sandbox, items)
-        winners: dict[str, Winner] = {}
+        compilation = Compilation(scene.sandbox, items)  # its children start while the GPU is watched
         try:
-            for left, kernel in zip(range(len(self._plans), 0, -1), self._plans, strict=True):
-                now = time.monotonic()
-                share = max(deadline - now, 0.0) / left
-                through = scene.upstream(kernel, {name: row.config for name, row in winners.items()})
-                sweep = KernelSweep(scene, self._plans[kernel], compilation, through)
-                winner = sweep.run(now + share, share)
-                compilation.abandon(kernel)
-                if winner is None:
-                    self.failure = f"no candidate of {kernel} passed ({sweep.tally()})"
-                    return {}
-                winners[kernel] = winner
+            with Watch(scene):
+                return self._tune(compilation, deadline)
         finally:
             compilation.close(0.0)
+
+    def _tune(self, compilation: Compilation, deadline: float) -> dict[str, Winner]:
+        scene = self._scene
+        winners: dict[str, Winner] = {}
+        for left, kernel in zip(range(len(self._plans), 0, -1), self._plans, strict=True):
+            now = time.monotonic()
+            share = max(deadline - now, 0.0) / left
+            through = scene.upstream(kernel, {name: row.config for name, row in winners.items()})
+            sweep = KernelSweep(scene, self._plans[kernel], compilation, through)
+            winner = sweep.run(now + share, share)
+            compilation.abandon(kernel)
+            if winner is None:
+                self.failure = f"no candidate of {kernel} passed ({sweep.tally()})"
+                return {}
+            winners[kernel] = winner
         return winners
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one kernel's sweep starts from: the candidates allowed, those to compile, and trials that still stand.
-
-    ``related`` are the hashes of configs that won a similar problem.
-    """
-
-    kernel: str
-    candidates: tuple[Config, ...]
-    to_compile: tuple[Config, ...]
-    standing: Mapping[str, Trial]
-    related: frozenset[str]
-    total: int
-
-    @classmethod
-    def of(cls, scene: Scene, kernel: str) -> Plan:
-        """Reads candidates from the spec and earlier trials from the store; configs that won elsewhere come first."""
-        allowed = [
-            config
-            for config in dict.fromkeys(scene.spec.candidates(kernel, scene.problem, scene.device))
-            if scene.spec.rejects(kernel, config, scene.problem, scene.device) is None
-        ]
-        if scene.device.interpreted:
-            allowed = allowed[:INTERPRETER_CANDIDATES]
-        used = [config for config in allowed if scene.settings.allows(config.implementation)]
-        neighbours = [scene.store.winners(problem) for problem in scene.store.nearest(scene.problem)]
-        related = frozenset(rows[kernel].config.hash for rows in neighbours if kernel in rows)
-        used.sort(key=lambda config: config.hash not in related)
-        retune = scene.settings.mode is Mode.RETUNE
-        trials = [
-            trial
-            for trial in scene.store.trials(scene.problem, kernel)
-            if scene.stands(trial) and not (retune and trial.verdict is Verdict.SAFE)
-        ]
-        standing = {trial.config.hash: trial for trial in trials}
-        to_compile = tuple(config for config in used if config.hash not in standing)
-        return cls(kernel, tuple(used), to_compile, standing, related, len(allowed))
 
 
 class KernelSweep:
@@ -124,9 +94,8 @@ class KernelSweep:
         self._compilation = compilation
         self._through = through
         self._pool = {config.hash: Candidate(config) for config in plan.candidates}
-        for name, trial in plan.standing.items():
-            if name in self._pool:
-                self._resume(self._pool[name], trial)
+        for candidate in self._pool.values():
+            self._resume(candidate)
 
     def run(self, deadline: float, share: float) -> Winner | None:
         """Returns the fastest candidate that passed everything, None if there is none. ``deadline`` is monotonic."""
@@ -146,11 +115,16 @@ class KernelSweep:
         found = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) or "none tried"
         return f"{found} of {self._plan.total}"
 
-    def _resume(self, candidate: Candidate, trial: Trial) -> None:
-        """Takes over what an earlier sweep found, if it was found through the same configs."""
-        candidate.ready = True
-        if self._scene.stands(trial, self._through):
-            candidate.resume(trial)
+    def _resume(self, candidate: Candidate) -> None:
+        """Takes over what was found earlier: what bars it here, or a proof through the same configs."""
+        through = hashes(self._through)
+        bar, trial = self._plan.barred(candidate.config, through), self._plan.proven.get(candidate.config.hash)
+        if bar is not None:
+            candidate.resume(bar)
+        elif trial is not None:
+            candidate.ready = True
+            if trial.proven_with == through:
+                candidate.resume(trial)
 
     def _order(self, deadline: float) -> Iterator[Candidate]:
         """Yields the candidates to judge, each time the fastest one known by then.
@@ -188,6 +162,8 @@ class KernelSweep:
         good = []
         for config, outcome in self._compilation.take(self._kernel, seconds):
             candidate = self._pool[config.hash]
+            if candidate.settled:  # barred behind the configs that have won meanwhile
+                continue
             if outcome.verdict is Verdict.SAFE:
                 candidate.ready = True
                 candidate.figures |= outcome.figures
@@ -267,7 +243,7 @@ class KernelSweep:
         candidate.settled = True
         merged = replace(outcome, figures={**candidate.figures, **outcome.figures})
         candidate.trial = self._scene.trial(self._kernel, candidate.config, merged, self._through)
-        self._scene.store.add_trial(candidate.trial)
+        self._scene.commit(candidate.trial)
         logger.debug("%s %s: %s %s", self._kernel, candidate.config, outcome.verdict, outcome.reason)
 
     def _safe(self) -> list[Candidate]:

@@ -91,7 +91,12 @@ class Compiled(Protocol):
 
 
 class KernelSpec(Protocol):
-    """What a kernel must say of itself. All methods are pure but ``compile`` and ``launch``."""
+    """What a kernel must say of itself. All methods are pure but ``compile`` and ``launch``.
+
+    A spec may have one more method, ``axes(output) -> tuple[str, ...]``: the names of an output's dimensions short of
+    a row's elements, for reports. The one called "row" is told in ranges. And its module may have a function
+    ``source() -> str``, which returns the ``source_hash`` that its problems have today.
+    """
 
     def kernels(self, problem: Problem) -> tuple[str, ...]:
         """Returns the kernels this problem needs, in the order they run."""
@@ -180,3 +185,12 @@ def load(path: str) -> KernelSpec:
     except AttributeError as error:
         raise ImportError(f"spec {path!r}: module {module_name!r} has no attribute {attribute!r}") from error
     return spec
+
+
+def source_of(path: str) -> str | None:
+    """Returns the ``source_hash`` that problems of the spec at ``path`` have today; None where its module does not say.
+
+    Raises ImportError when there is no such module.
+    """
+    source = getattr(importlib.import_module(path.partition(":")[0]), "source", None)
+    return None if source is None else str(source())

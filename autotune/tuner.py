@@ -19,8 +19,9 @@ from autotune.device import DeviceInfo
 from autotune.errors import AutotuneError, CacheMiss
 from autotune.lease import claim
 from autotune.messages import miss, remedy, summary
-from autotune.proofs import Adoption, Choice, Prover, Scene
+from autotune.proofs import Adoption, Choice, Prover
 from autotune.sandbox import Limits, Sandbox
+from autotune.scene import Scene
 from autotune.search import Sweep
 from autotune.settings import Mode, Settings
 from autotune.spec import load
@@ -122,7 +123,7 @@ def forget() -> None:
 
 def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution:
     store = _process.store(settings)
-    with Sandbox(problem, device, _limits(device, settings)) as sandbox:
+    with Sandbox(problem, device, limits(device, settings)) as sandbox:
         scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
         try:
             return _decide(scene)
@@ -149,6 +150,8 @@ def _decide(scene: Scene) -> Resolution:
             tuned = _tune(scene, prover)
         except AutotuneError as error:  # the gate's inputs or its children failed, not a candidate
             tuned = _resolution(scene, Adoption({}, f"it cannot be tuned now: {error}"))
+            if stored.choices:
+                logger.warning("%s: %s; running the stored winner", summary(scene.problem), tuned.reason)
         if tuned.choices:
             return tuned
     if stored.choices:
@@ -237,7 +240,7 @@ def _reprove(
     chosen: Mapping[str, Choice],
     binary: str,
 ) -> bool:
-    with Sandbox(problem, device, _limits(device, settings)) as sandbox:
+    with Sandbox(problem, device, limits(device, settings)) as sandbox:
         scene = Scene(problem, device, settings, load(problem.spec), _process.store(settings), sandbox)
         try:
             proof = Prover(scene).proof(kernel, choice.config, chosen, 2, binary)
@@ -267,7 +270,7 @@ def _reprove(
     return True
 
 
-def _limits(device: DeviceInfo, settings: Settings) -> Limits:
+def limits(device: DeviceInfo, settings: Settings) -> Limits:
     """Returns limits that leave most of the budget whatever one candidate does; the interpreter is simply slow."""
     if device.interpreted:
         return Limits(trial_seconds=60)

@@ -30,6 +30,7 @@ from autotune.forks import ForkServer
 from autotune.gate.accuracy import GateFault
 from autotune.gate.proof import prove
 from autotune.gate.rig import Rig, allocate
+from autotune.gate.steadiness import fingerprints
 from autotune.process import Message
 from autotune.spec import KernelSpec, load
 from autotune.turns import turn
@@ -151,6 +152,7 @@ class Runner:
                 level=question["level"],
                 seed=seed,
                 repeats=question["repeats"],
+                detail=question["detail"],
             )
             self._rig.wait()
         except GateFault:
@@ -161,7 +163,12 @@ class Runner:
         # Registers and spills are known once the kernel has been loaded, so statistics are read last.
         outcome |= {"verdict": proof.verdict, "reason": proof.reason, "figures": {**compiled.stats, **proof.figures}}
         outcome["level"] = question["level"] if proof.verdict is Verdict.SAFE else 0
+        if proof.details is not None:
+            outcome["details"] = [each.model_dump() for each in proof.details]
         return {"outcome": outcome}
+
+    def _answer_fingerprints(self, question: Message) -> Message:
+        return {"fingerprints": fingerprints(self._rig, question["seed"])}
 
     def _answer_measure(self, question: Message) -> Message:
         kernel, rig = question["kernel"], self._rig

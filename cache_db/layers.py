@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cache_db import rules
 from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
 from cache_db.memory import Memory
-from cache_db.models import Lease, Problem, Trial, Verification, Winner
+from cache_db.models import Lease, Lift, Problem, Trial, Verification, Winner
 
 if TYPE_CHECKING:
     from cache_db.store import Store
@@ -107,6 +107,16 @@ class Layers:
         """Returns the proofs of a problem, or of one of its kernels, oldest first."""
         found = self._read(lambda store: store.verifications(problem, kernel)) or []
         found += [row for row in self._memory.verifications(problem, kernel) if row not in found]
+        return sorted(found, key=lambda row: row.created_at)
+
+    def add_lift(self, lift: Lift) -> None:
+        """Stores leave to try a config again; the same one twice is stored once."""
+        self._write(lambda rows: rows.add_lift(lift))
+
+    def lifts(self, problem: Problem, kernel: str | None = None) -> list[Lift]:
+        """Returns the lifts of a problem, or of one of its kernels, oldest first."""
+        found = self._read(lambda store: store.lifts(problem, kernel)) or []
+        found += [row for row in self._memory.lifts(problem, kernel) if row not in found]
         return sorted(found, key=lambda row: row.created_at)
 
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:

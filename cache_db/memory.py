@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 
 from cache_db import rules
-from cache_db.models import Lease, Problem, Trial, Verification, Winner
+from cache_db.models import Lease, Lift, Problem, Trial, Verification, Winner
 
 # Held for a few dict operations only, and across fork, so that no child starts with a lock nobody will open.
 _lock = threading.RLock()
@@ -24,6 +24,7 @@ class Memory:
     def __init__(self) -> None:
         self._trials: dict[tuple[str, str], Trial] = {}
         self._verifications: dict[str, list[Verification]] = defaultdict(list)
+        self._lifts: dict[str, list[Lift]] = defaultdict(list)
         self._winners: dict[str, dict[str, Winner]] = defaultdict(dict)
         self._leases: dict[str, Lease] = {}
 
@@ -85,6 +86,19 @@ class Memory:
             found = list(self._verifications.get(problem.hash, ()))
         return sorted((row for row in found if kernel in (None, row.kernel)), key=lambda row: row.created_at)
 
+    def add_lift(self, lift: Lift) -> None:
+        """Stores leave to try a config again; the same one twice is stored once."""
+        with _lock:
+            rows = self._lifts[lift.problem.hash]
+            if lift not in rows:
+                rows.append(lift)
+
+    def lifts(self, problem: Problem, kernel: str | None = None) -> list[Lift]:
+        """Returns the lifts of a problem, or of one of its kernels, oldest first."""
+        with _lock:
+            found = list(self._lifts.get(problem.hash, ()))
+        return sorted((row for row in found if kernel in (None, row.kernel)), key=lambda row: row.created_at)
+
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
         """Takes the lease of a problem; None while someone else's stands."""
         now, seconds = time.time(), min(seconds, rules.LONGEST_LEASE)
@@ -125,6 +139,7 @@ class Memory:
             return {
                 "trials": len(self._trials),
                 "verifications": sum(map(len, self._verifications.values())),
+                "lifts": sum(map(len, self._lifts.values())),
                 "winners": sum(map(len, self._winners.values())),
                 "leases": len(self._leases),
                 "jobs": 0,

@@ -175,6 +175,26 @@ class Verification(_Row):
     host: str
     created_at: Finite
 
+    @classmethod
+    def of(cls, trial: Trial) -> Self:
+        """Returns what ``trial`` found as a judgement that no later trial takes the place of."""
+        return cls(**{name: getattr(trial, name) for name in cls.model_fields})
+
+
+class Lift(_Row):
+    """Leave to try one config again: what was judged of it up to ``created_at`` neither bars nor proves it any more.
+
+    The judgements stay as they are; those that come later count. ``lifted_by`` is who gave leave, on ``host``.
+    """
+
+    problem: Problem
+    kernel: str
+    config: Config
+    lifted_by: str
+    host: str
+    reason: str = ""
+    created_at: Finite
+
 
 class Winner(_Row):
     """The chosen config of one key. ``complete`` is False when the budget ended the sweep early."""

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from cache_db.errors import RowRefused
-from cache_db.models import Config, Environment, Problem, Scalar, Trial, Verdict, Verification, Winner, digest
+from cache_db.models import Config, Environment, Lift, Problem, Scalar, Trial, Verdict, Verification, Winner, digest
 
 logger = logging.getLogger(__name__)
 
-Row = TypeVar("Row", Trial, Verification, Winner)
+Row = TypeVar("Row", Trial, Verification, Winner, Lift)
 
 PROBLEM_COLUMNS = tuple(Problem.model_fields)
 ENVIRONMENT_COLUMNS = tuple(name for name in PROBLEM_COLUMNS if name != "fields")
@@ -51,19 +51,19 @@ def problem_columns(problem: Problem) -> dict[str, Any]:
     return {name: getattr(problem, name) for name in ENVIRONMENT_COLUMNS}
 
 
-def encode(row: Trial | Verification | Winner) -> dict[str, Any]:
+def encode(row: Trial | Verification | Winner | Lift) -> dict[str, Any]:
     """Returns ``row`` as one flat map of column to value."""
     data = row.model_dump()
-    for part in _PARTS:
+    for part in _PARTS.keys() & data.keys():
         data |= data.pop(part)
     for name in _JSON:
         if name in data:
             data[name] = to_json(data[name])
     if isinstance(row, Winner):
         data["complete"] = int(row.complete)
-    else:
+    if isinstance(row, Trial | Verification):
         data["verdict"] = str(row.verdict)
-    if isinstance(row, Verification):
+    if isinstance(row, Verification | Lift):
         data["id"] = digest(row.model_dump())
     return data | {
         "key_hash": row.problem.key(row.kernel),
@@ -79,7 +79,8 @@ def decode(model: type[Row], columns: Mapping[Any, Any]) -> Row:
         for name in _JSON:
             if name in data:
                 data[name] = from_json(data[name])
-        for part, part_model in _PARTS.items():
+        for part in _PARTS.keys() & model.model_fields.keys():
+            part_model = _PARTS[part]
             data[part] = {name: data.pop(name) for name in part_model.model_fields}
         if "verdict" in data:
             data["verdict"] = Verdict(data["verdict"])

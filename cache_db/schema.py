@@ -69,12 +69,15 @@ def _key_columns() -> list[Column[str] | Column[int]]:
     ]
 
 
+def _config_columns() -> list[Column[str]]:
+    """The columns of one config."""
+    return [_text("implementation"), _text("variant"), _text("params")]
+
+
 def _proof_columns() -> list[Column[str] | Column[int]]:
     """The columns of one proof of one config."""
     return [
-        _text("implementation"),
-        _text("variant"),
-        _text("params"),
+        *_config_columns(),
         Column("level", SmallInteger, nullable=False),
         _text("proven_with"),
         _text("binary"),
@@ -130,6 +133,21 @@ verifications = Table(
     _number("created_at"),
 )
 
+# Younger than the others: a file made by version 0.1.0 gets this table with its first lift.
+lifts = Table(
+    "flashbias_lifts",
+    metadata_,
+    _hash("id", primary_key=True),
+    _hash("key_hash"),
+    _hash("config_hash"),
+    *_key_columns(),
+    *_config_columns(),
+    _text("lifted_by"),
+    _text("host"),
+    _text("reason"),
+    _number("created_at"),
+)
+
 winners = Table(
     "flashbias_winners",
     metadata_,
@@ -164,7 +182,14 @@ jobs = Table(
     _number("created_at"),
 )
 
-ROW_TABLES = {"trials": trials, "verifications": verifications, "winners": winners, "leases": leases, "jobs": jobs}
+ROW_TABLES = {
+    "trials": trials,
+    "verifications": verifications,
+    "lifts": lifts,
+    "winners": winners,
+    "leases": leases,
+    "jobs": jobs,
+}
 
 
 def library_version() -> str:
@@ -191,6 +216,11 @@ def is_present(connection: Connection) -> bool:
             "upgrade flashbias or give it another FLASHBIAS_CACHE_DIR"
         )
     return True
+
+
+def has_lifts(connection: Connection) -> bool:
+    """Whether the database has a table of lifts."""
+    return inspect(connection).has_table(lifts.name)
 
 
 def create(connection: Connection) -> None:

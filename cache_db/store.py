@@ -23,11 +23,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cache_db import leases, rows, rules, schema
 from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
-from cache_db.models import FINAL, Lease, Problem, Trial, Verification, Winner
+from cache_db.models import FINAL, Lease, Lift, Problem, Trial, Verification, Winner
 
 BUSY_SECONDS = 30.0
 """How long a call waits for another process's transaction; the longest seen under 32 writers was 3.3 s."""
 
+_TABLES: dict[type, Table] = {
+    Trial: schema.trials,
+    Verification: schema.verifications,
+    Winner: schema.winners,
+    Lift: schema.lifts,
+}
 _DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 _IMMEDIATE = "flashbias_immediate"
 _FINAL = sorted(map(str, FINAL))
@@ -152,6 +158,26 @@ class Store:
         order = (schema.verifications.c.created_at, schema.verifications.c.id)
         return rows.decode_all(Verification, self._fetch(_of(schema.verifications, problem, kernel).order_by(*order)))
 
+    def add_lift(self, lift: Lift) -> None:
+        """Stores leave to try a config again; the same one twice is stored once."""
+        statement = self._insert(schema.lifts).values(rows.encode(lift))
+        with self._writing() as connection:
+            schema.lifts.create(connection, checkfirst=True)
+            connection.execute(statement.on_conflict_do_nothing(index_elements=[schema.lifts.c.id]))
+
+    def lifts(self, problem: Problem, kernel: str | None = None) -> list[Lift]:
+        """Returns the lifts of a problem, or of one of its kernels, oldest first."""
+        order = (schema.lifts.c.created_at, schema.lifts.c.id)
+        return rows.decode_all(Lift, self._fetch(_of(schema.lifts, problem, kernel).order_by(*order)))
+
+    def find(self, kind: type[rows.Row], key: str = "", config: str = "") -> list[rows.Row]:
+        """Returns every row of ``kind`` whose key's and config's hashes begin with ``key`` and ``config``, oldest first."""
+        table = _TABLES[kind]
+        hashes = {"key_hash": key, "config_hash": config}
+        query = select(table).where(*(table.c[name].startswith(text, autoescape=True) for name, text in hashes.items()))
+        query = query.order_by(table.c.created_at, table.c.key_hash, table.c.config_hash)
+        return rows.decode_all(kind, self._fetch(query))
+
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
         """Takes the lease of a problem for at most ``rules.LONGEST_LEASE``; None while someone else's stands."""
         with self._writing() as connection:
@@ -178,9 +204,11 @@ class Store:
     def counts(self) -> dict[str, int]:
         """Returns the number of rows of each table."""
         with self._reading() as connection:
-            return {
+            tables = dict(schema.ROW_TABLES)
+            missing = {} if schema.has_lifts(connection) else {"lifts": tables.pop("lifts")}
+            return dict.fromkeys(missing, 0) | {
                 name: connection.execute(select(func.count()).select_from(table)).scalar_one()
-                for name, table in schema.ROW_TABLES.items()
+                for name, table in tables.items()
             }
 
     def _create(self) -> None:
@@ -197,6 +225,8 @@ class Store:
 
     def _fetch(self, query: Select[Any]) -> list[Any]:
         with self._reading() as connection:
+            if schema.lifts in query.get_final_froms() and not schema.has_lifts(connection):
+                return []
             return list(connection.execute(query).mappings())
 
     def _problems(self, query: Select[Any]) -> list[Problem]:

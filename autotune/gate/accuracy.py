@@ -60,14 +60,19 @@ class Yardstick:
 
     def judge(self, output: torch.Tensor) -> torch.Tensor:
         """Returns [worst error, worst ratio, its row, rows over budget] on the output's device, without a sync."""
+        error, ratio = self.errors(output)
+        if not ratio.numel():
+            return ratio.new_zeros(4)
+        worst = ratio.argmax()
+        return torch.stack([error[worst], ratio[worst], worst.double(), (ratio > 1).sum().double()])
+
+    def errors(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns each row's error and its share of that row's budget, on the output's device, without a sync."""
         off = self._distance(output)
-        if not off.numel():
-            return off.new_zeros(4)
         exact = off == 0
         ratio = torch.where(exact, 0.0, off / self.threshold).nan_to_num(LARGEST, LARGEST)
         error = torch.where(exact, 0.0, off / self.scale).nan_to_num(LARGEST, LARGEST)
-        worst = ratio.argmax()
-        return torch.stack([error[worst], ratio[worst], worst.double(), (ratio > 1).sum().double()])
+        return error, ratio
 
     def finding(self, judged: list[float]) -> Finding:
         """Turns what ``judge`` returned, read from the device, into a finding."""

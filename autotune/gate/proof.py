@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
 
+from autotune.detail import OutputDetail
+from autotune.gate import error_map
 from autotune.gate.accuracy import Finding, GateFault
 from autotune.gate.memory import FINITE_BYTE, NAN_BYTE, Arena, bits, differing, nans, snapshot, untouched
 from autotune.gate.races import INTERPRETER_REPEATS, REPEATS, screen
@@ -22,11 +25,15 @@ REPEATS_AT_SCALE: Final = 20
 
 @dataclass
 class Proof:
-    """What the gate found: the verdict, why, and the figures met on the way (worst over the cases so far)."""
+    """What the gate found: the verdict, why, and the figures met on the way (worst over the cases so far).
+
+    ``details`` are those of every output on every case, if they were asked for (None if not).
+    """
 
     verdict: Verdict = Verdict.SAFE
     reason: str = ""
     figures: dict[str, Scalar] = field(default_factory=dict)
+    details: list[OutputDetail] | None = None
 
     def fail(self, verdict: Verdict, reason: str) -> None:
         """Records the first failure."""
@@ -52,16 +59,20 @@ def prove(
     level: int,
     seed: int,
     repeats: int | None = None,
+    detail: bool = False,
 ) -> Proof:
     """Proves ``kernel`` with ``config``: all cases and the race screen, or the first case and 3 repeats at level 1.
 
+    With ``detail`` a wrong config is judged on all cases that can be, and the proof says which rows are wrong.
+
     Raises what compiling or launching raises, and GateFault when the spec's own answers cannot judge.
     """
-    proof = _prove(rig, kernel, config, proven_with, level=level, seed=seed, repeats=repeats)
+    run = partial(_prove, rig, kernel, config, proven_with, level=level, seed=seed, repeats=repeats, detail=detail)
+    proof = run()
     if proof.verdict is Verdict.OUT_OF_BOUNDS:
         # Candidates are timed before they are proven: one of those may have written here. On fresh memory it shows who did.
         rig.forget()
-        proof = _prove(rig, kernel, config, proven_with, level=level, seed=seed, repeats=repeats)
+        proof = run()
     if proof.verdict is Verdict.OUT_OF_BOUNDS:
         rig.forget()
     return proof
@@ -76,15 +87,21 @@ def _prove(
     level: int,
     seed: int,
     repeats: int | None,
+    detail: bool,
 ) -> Proof:
-    proof = Proof()
+    proof = Proof(details=[] if detail else None)
     compiled = rig.compiled(kernel, config)
     for case in rig.cases[:1] if level <= QUICK else rig.cases:
-        trial = _Trial(rig, kernel, config, compiled, rig.stage(case, seed), proven_with)
-        trial.examine(proof)
-        if proof.verdict is not Verdict.SAFE:
+        try:
+            stage = rig.stage(case, seed)
+        except GateFault:
+            if proof.verdict is Verdict.SAFE:
+                raise
+            continue  # the verdict is out: what this case cannot tell in detail is left out
+        _Trial(rig, kernel, config, compiled, stage, proven_with).examine(proof)
+        if proof.verdict is not Verdict.SAFE and not (detail and proof.verdict is Verdict.WRONG):
             break
-    else:
+    if proof.verdict is Verdict.SAFE:
         count = REPEATS[min(max(level, QUICK), max(REPEATS))] if repeats is None else repeats
         if rig.device.interpreted and repeats is None:
             count = INTERPRETER_REPEATS
@@ -103,6 +120,7 @@ class _Trial:
     def __init__(
         self, rig: Rig, kernel: str, config: Config, compiled: Any, stage: Stage, proven_with: Mapping[str, Config]
     ) -> None:
+        self._spec = rig.spec
         self._stage = stage
         self._notice = rig.alive
         self._where = f"on case {stage.case.name!r}"
@@ -121,6 +139,8 @@ class _Trial:
         trespass = self._trespassed(NAN_BYTE)
         missing = [nans(tensor) for tensor in outputs.values()]
         judged = [self._yardstick(name).judge(tensor) for name, tensor in outputs.items()]
+        if proof.details is not None:
+            proof.details += [self._describe(name, judged[at]) for at, name in enumerate(outputs)]
         first = snapshot(outputs)
         self._run(FINITE_BYTE)
         checks = [trespass, self._trespassed(FINITE_BYTE), self._feed.changed(), self._stage.damaged()]
@@ -199,6 +219,13 @@ class _Trial:
                     proof.fail(Verdict.RACY, f"{name!r} differs from run to run {self._where}")
                     return
         proof.fail(Verdict.WRONG, f"depends on what its buffers held before {self._where}")
+
+    def _describe(self, name: str, judged: torch.Tensor) -> OutputDetail:
+        """Returns where the output ``name`` is off, of the run just done."""
+        yardstick, axes = self._yardstick(name), getattr(self._spec, "axes", None)
+        finding = yardstick.finding(judged.tolist())
+        named = None if axes is None else axes(name)
+        return error_map.describe(name, self._stage.case.name, self._outputs.tensors[name], yardstick, finding, named)
 
     def _note(self, proof: Proof, name: str, finding: Finding) -> None:
         proof.note(name, self._stage.case.name, finding)

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from autotune import AutotuneError, DeviceInfo, Mode, Resolution, Settings, resolve
-from autotune.device import describe, interpreting
 from autotune.messages import summary
 from autotune.progress import remaining
 from cache_db.models import Problem
 from flashbias.cli import shapes
+from flashbias.cli.devices import device as device_of
 from flashbias.errors import FlashBiasError
 from flashbias.kernels.problem import Shape, problem
 from flashbias.settings import current, settings
@@ -32,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 when every problem has a winner, else 1 (2 for wrong usage)."""
     options = _parser().parse_args(arguments)
     try:
-        device = _device(options.device)
+        device = device_of(options.device)
         problems = _problems(shapes.from_arguments(options), device)
         mode = Mode.RETUNE if options.retune else Mode.TUNE
         folder = options.cache_dir or current().cache_dir
@@ -79,19 +77,6 @@ def _told(found: Resolution, seconds: float) -> str:
 def _problems(wanted: Sequence[Shape], device: DeviceInfo) -> list[Problem]:
     """Returns the problems of the shapes, each once: several shapes may share one."""
     return list(dict.fromkeys(problem(shape, device) for shape in wanted))
-
-
-def _device(index: int | None) -> DeviceInfo:
-    if interpreting():
-        return describe(-1)
-    if not torch.cuda.is_available():
-        raise FlashBiasError(
-            "no CUDA device found; run this where the GPU is, or set TRITON_INTERPRET=1 to try it on the CPU"
-        )
-    count = torch.cuda.device_count()
-    if index is not None and not 0 <= index < count:
-        raise FlashBiasError(f"--device: expected 0 to {count - 1}, the CUDA devices seen here, got {index}")
-    return describe(torch.cuda.current_device() if index is None else index)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -221,6 +221,11 @@ class AttentionSpec:
             return Rule("log")
         return Rule("rows", 2.0 if output == "out" else 3.0)
 
+    def axes(self, output: str) -> tuple[str, ...]:
+        """Returns the names of an output's dims short of a row's elements, for maps of its errors."""
+        named = {"lse": ("batch", "head", "row"), "dmask": ("batch", "head", "row"), "delta": ("batch", "head")}
+        return named.get(output, ("batch", "row", "head"))
+
     def floor_dtype(self, problem: Problem) -> torch.dtype | Floor:
         """Returns the inputs' dtype, for fp32 ones the floor of their precision."""
         return floor_of(str(problem.fields["dtype"]), str(problem.fields["precision"]), int(problem.fields["head_dim"]))

@@ -1,18 +1,24 @@
 """The softmax of ``softmax_spec`` with the candidates that the problem itself lists, good and bad.
 
 A kernel's field reads like "32 64:zeroed_row": blocks, each with the fault to plant. Listed in the problem, they are
-the same in every process that is given it.
+the same in every process that is given it. While the file that ``PLANTED_UNSTEADY`` names exists, this device computes
+one thing in two ways; the fault "breaks_device" makes it.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from autotune.device import DeviceInfo, describe
 from autotune.spec import Tensors
 from cache_db.models import Config, Problem
 from tests.autotune.softmax_spec import Ready, SoftmaxSpec, softmax_config, softmax_problem
+
+_ideals = itertools.count()
 
 
 class PlantedSpec(SoftmaxSpec):
@@ -35,7 +41,25 @@ class PlantedSpec(SoftmaxSpec):
     ) -> None:
         """Runs the kernel after a nap."""
         time.sleep(float(problem.fields["slow"]))
+        if compiled.fault == "breaks_device":
+            Path(os.environ["PLANTED_UNSTEADY"]).touch()
         super().launch(kernel, compiled, problem, inputs, outputs, scratch)
+
+    def ideal(self, problem: Problem, inputs: Tensors) -> Tensors:
+        """Returns the softmax's, every other time one bit off while the device is unsteady."""
+        found, unsteady = super().ideal(problem, inputs), os.environ.get("PLANTED_UNSTEADY", "")
+        if unsteady and Path(unsteady).exists():
+            found["y"] = found["y"] * (1 + 2**-23 * (next(_ideals) % 2))
+        return found
+
+    def axes(self, output: str) -> tuple[str, ...]:
+        """Returns that every output has one row after the other."""
+        return ("row",)
+
+
+def source() -> str:
+    """Returns the source hash of today's problems."""
+    return "softmax-1"
 
 
 def planted_problem(

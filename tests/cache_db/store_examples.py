@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cache_db.models import Config, Environment, Problem, Scalar, Trial, Verdict, Verification, Winner
+from cache_db.models import Config, Environment, Lift, Problem, Scalar, Trial, Verdict, Verification, Winner
 from cache_db.store import Store
 
 ENVIRONMENT = Environment(driver="580.1", ptxas="12.9", torch="2.13.0")
@@ -59,6 +59,20 @@ def verification(block: int = 64, **changes: Any) -> Verification:
     """Returns a later proof of ``config(block)``."""
     base = {name: getattr(trial(block), name) for name in Verification.model_fields}
     return Verification(**{**base, **changes})
+
+
+def lift(block: int = 64, at: Problem | None = None, **changes: Any) -> Lift:
+    """Returns leave to try ``config(block)`` again."""
+    base: dict[str, Any] = {
+        "problem": at or problem(),
+        "kernel": "forward",
+        "config": config(block),
+        "lifted_by": "somebody",
+        "host": "node-1",
+        "reason": "a new driver",
+        "created_at": 3000.0,
+    }
+    return Lift(**{**base, **changes})
 
 
 def winner(block: int = 64, at: Problem | None = None, **changes: Any) -> Winner:

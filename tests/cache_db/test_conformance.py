@@ -123,6 +123,15 @@ class TestStorage:
         assert storage.verifications(later.problem) == [earlier, later]
         assert storage.verifications(later.problem, "backward_dq") == []
 
+    def test_same_lift_twice_is_one(self, storage: Storage) -> None:
+        """Storing a lift again changes nothing; another time is another lift; oldest first, of the kernel asked for."""
+        later, earlier = examples.lift(created_at=8.0), examples.lift(created_at=7.0)
+        for lift in (later, earlier, later):
+            storage.add_lift(lift)
+        assert storage.lifts(later.problem) == [earlier, later]
+        assert storage.lifts(later.problem, "backward_dq") == []
+        assert storage.lifts(examples.problem(layout="strided")) == []
+
     def test_lease_keeps_others_out_until_released(self, storage: Storage) -> None:
         """One owner at a time; the owner may claim again; after release anyone may."""
         lease = storage.claim("p" * 64, "me", "host", 60.0)
@@ -189,11 +198,13 @@ class TestStorage:
 
     def test_counts_every_table(self, storage: Storage) -> None:
         """Each kind of row is counted under its table's name."""
-        empty = {"trials": 0, "verifications": 0, "winners": 0, "leases": 0, "jobs": 0}
+        empty = {"trials": 0, "verifications": 0, "lifts": 0, "winners": 0, "leases": 0, "jobs": 0}
         assert storage.counts() == empty
         storage.add_trial(examples.trial(16))
         storage.add_trial(examples.trial(32))
         storage.add_verification(examples.verification())
+        storage.add_lift(examples.lift())
         storage.put_winner(examples.winner())
         storage.claim("p" * 64, "me", "host", 60.0)
-        assert storage.counts() == {"trials": 2, "verifications": 1, "winners": 1, "leases": 1, "jobs": 0}
+        counts = {"trials": 2, "verifications": 1, "lifts": 1, "winners": 1, "leases": 1, "jobs": 0}
+        assert storage.counts() == counts

@@ -1,0 +1,124 @@
+"""Finding rows for the command line: the database, hashes by their beginnings, and what is said when there are none."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from autotune.messages import summary
+from cache_db.layers import FILE_NAME
+from cache_db.models import Config, Lift, Problem, Trial, Verification, Winner
+from flashbias.errors import FlashBiasError
+from flashbias.settings import current
+
+if TYPE_CHECKING:
+    from cache_db.store import Store
+
+SHOWN: Final = 12  # hexadecimal digits of a hash that people are shown
+LISTED: Final = 20
+_HEX: Final = re.compile(r"[0-9a-f]{1,64}")
+
+Row = Trial | Verification | Winner | Lift
+
+
+class WrongUsage(FlashBiasError):
+    """The command line asks for what does not exist or makes no sense; the message says what there is."""
+
+
+def prefix(text: str) -> str:
+    """Returns ``text`` as the beginning of a hash, for argparse."""
+    if not _HEX.fullmatch(text.lower()):
+        raise argparse.ArgumentTypeError(f"expected the first hexadecimal digits of a hash, got {text!r}")
+    return text.lower()
+
+
+def open_store(folder: Path | None) -> Store:
+    """Returns the database in ``folder``, or in that of the library's settings; never makes one.
+
+    Raises WrongUsage where there is none, and CacheError for one that cannot be read.
+    """
+    from cache_db.store import Store
+
+    place = folder or current().cache_dir
+    if place is None:
+        raise WrongUsage.explain(
+            "the database", expected="a folder", got="none in the settings", cure="Name one: --cache-dir"
+        )
+    path = place / FILE_NAME
+    if not path.exists():
+        raise WrongUsage.explain(
+            "--cache-dir",
+            expected=f"a folder with a {FILE_NAME}",
+            got=f"{place}, which has none",
+            cure="Nothing was tuned into it yet, or the database lies elsewhere: name its folder with --cache-dir",
+        )
+    return Store.open(path)
+
+
+def key_of(row: Row) -> str:
+    """Returns the hash of the key (problem and kernel) that ``row`` belongs to."""
+    return row.problem.key(row.kernel)
+
+
+def one_key(rows: Iterable[Row], text: str, everything: Iterable[Row]) -> str:
+    """Returns the only key among ``rows``, which were found by ``text``.
+
+    Raises WrongUsage when there is none (and names those of ``everything``) or more than one.
+    """
+    found = {key_of(row): f"{row.kernel} of {summary(row.problem)}" for row in rows}
+    if len(found) == 1:
+        return next(iter(found))
+    known = found or {key_of(row): f"{row.kernel} of {summary(row.problem)}" for row in everything}
+    raise _not_one("--key", text, len(found), known)
+
+
+def one_config(rows: Iterable[Row], text: str, everything: Iterable[Row]) -> Config:
+    """Returns the only config among ``rows``, which were found by ``text``. Raises WrongUsage as ``one_key`` does."""
+    found = {row.config.hash: row.config for row in rows}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    known = found or {row.config.hash: row.config for row in everything}
+    names = {name: str(config) for name, config in known.items()}
+    raise _not_one("--config", text, len(found), names)
+
+
+def short(name: str) -> str:
+    """Returns the part of a hash that people are shown."""
+    return name[:SHOWN]
+
+
+def through(store: Store, trial: Trial) -> dict[str, Config]:
+    """Returns the configs ``trial`` was judged through, looked up by hash among all that is stored of its problem.
+
+    Raises FlashBiasError when one is stored no more.
+    """
+    rows: list[Trial | Verification | Winner] = [*store.trials(trial.problem), *store.verifications(trial.problem)]
+    rows += store.winners(trial.problem).values()
+    known = {(row.kernel, row.config.hash): row.config for row in rows}
+    found = {}
+    for kernel, name in trial.proven_with.items():
+        if (kernel, name) not in known:
+            raise FlashBiasError(
+                f"config {short(name)} of {kernel}, which this trial was judged through, is not stored any more: "
+                "the trial cannot be repeated as it was. Tune the problem again"
+            )
+        found[kernel] = known[kernel, name]
+    return found
+
+
+def about(problem: Problem) -> dict[str, object]:
+    """Returns ``problem`` as ``--json`` shows it."""
+    return {"hash": problem.hash, **problem.model_dump()}
+
+
+def _not_one(flag: str, text: str, count: int, known: Mapping[str, str]) -> WrongUsage:
+    lines = [f"  {short(name)}  {what}" for name, what in sorted(known.items())[:LISTED]]
+    if len(known) > LISTED:
+        lines.append(f"  … and {len(known) - LISTED} more")
+    got = f"{text!r}, with which {count or 'none'} {'begin' if count else 'begins'}"
+    listed = "There are:\n" + "\n".join(lines) if lines else "There are none at all: tune something first"
+    cure = f"{'Give more digits. ' if count else ''}{listed}"
+    return WrongUsage.explain(flag, expected="the beginning of exactly one stored hash", got=got, cure=cure)

@@ -1,0 +1,59 @@
+"""The command ``flashbias``: looks into the tuning database and proves again what it holds.
+
+Results go to stdout, progress and complaints to stderr. The exit code is 0 when all is well, 1 when something is
+unsafe or failed, 2 for wrong usage, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import flashbias
+from autotune.errors import AutotuneError, SettingsError
+from cache_db.errors import CacheError
+from flashbias.cli import quarantine, verify
+from flashbias.cli.database import WrongUsage
+from flashbias.errors import FlashBiasError
+from flashbias.settings import current
+
+FAILED: Final = 1
+MISUSED: Final = 2
+STOPPED: Final = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        current()  # lets the library's loggers speak, and refuses wrong settings before anything else
+        code: int = options.run(options)
+    except (WrongUsage, SettingsError) as error:
+        print(f"flashbias: {error}", file=sys.stderr)
+        return MISUSED
+    except (FlashBiasError, AutotuneError, CacheError) as error:
+        print(f"flashbias: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("flashbias: stopped", file=sys.stderr)
+        return STOPPED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flashbias", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"flashbias {flashbias.__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="folder of the database (default: as for the library)"
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    verify.add_parser(commands, common)
+    cache = commands.add_parser("cache", help="look into the tuning database")
+    parts = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    quarantine.add_parser(parts, common)
+    return parser

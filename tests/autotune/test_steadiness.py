@@ -1,0 +1,110 @@
+"""A device that computes one thing in two ways is believed nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import autotune
+from autotune import Mode, Settings, resolve
+from autotune.device import describe
+from autotune.sandbox import GateFault, Sandbox
+from cache_db import open_layers
+from tests.autotune.planted_spec import planted_problem
+from tests.autotune.softmax_spec import UNJUDGEABLE_SEED, softmax_config
+
+DEVICE = describe(-1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """Makes each test start like a new process."""
+    autotune.forget()
+    yield
+    autotune.forget()
+
+
+@pytest.fixture
+def unsteady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file whose presence makes the device unsteady."""
+    monkeypatch.setenv("PLANTED_UNSTEADY", str(tmp_path / "unsteady"))
+    return tmp_path / "unsteady"
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Returns all that was warned of."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_healthy_device_repeats_the_computation_in_another_process() -> None:
+    """The same seed gives the same bits in every run of every child, another seed others, and a spec's failure a fault."""
+    found = []
+    for _ in range(2):
+        with Sandbox(planted_problem(), DEVICE) as sandbox:
+            found.append(set(sandbox.fingerprints(1)))
+            other = set(sandbox.fingerprints(2))
+            with pytest.raises(GateFault, match="planted: no oracle for this seed"):
+                sandbox.fingerprints(UNJUDGEABLE_SEED)
+    assert [len(each) for each in (*found, other)] == [1, 1, 1]
+    assert found[0] == found[1] != other
+
+
+def test_unsteady_device_stores_nothing_and_takes_the_ladder(
+    tmp_path: Path, unsteady: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Suspect before the sweep: no row of any kind, one warning, the default after a quick proof."""
+    unsteady.touch()
+    found = resolve(planted_problem(), DEVICE, Settings(cache_dir=tmp_path))
+    assert {choice.rung for choice in found.choices.values()} == {"default"}
+    assert set(open_layers(tmp_path).counts().values()) == {0}
+    (warning,) = warnings(caplog)
+    assert "is suspect" in warning
+    assert "running forward by default" in warning
+
+
+def test_what_a_device_judged_while_it_broke_counts_for_nothing(
+    tmp_path: Path, unsteady: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Suspect after the sweep: no winner, one warning, and the next sweep of a sound device tries all of it again."""
+    problem = planted_problem("32 64:zeroed_row 128:breaks_device")
+    found = resolve(problem, DEVICE, Settings(cache_dir=tmp_path))
+    store = open_layers(tmp_path)
+    trials = {trial.config: trial.created_at for trial in store.trials(problem, "forward")}
+    assert {choice.rung for choice in found.choices.values()} == {"default"}
+    assert store.winners(problem) == {}
+    assert store.verifications(problem) == []
+    assert len(trials) == 3
+    assert {lift.config for lift in store.lifts(problem, "forward")} == set(trials)
+    (warning,) = warnings(caplog)
+    assert "is suspect" in warning
+    unsteady.unlink()
+    autotune.forget()
+    sound = planted_problem("32 64:zeroed_row", default="256")
+    for row in store.trials(problem):
+        store.add_trial(row.model_copy(update={"problem": sound}))
+    for lift in store.lifts(problem):
+        store.add_lift(lift.model_copy(update={"problem": sound}))
+    assert resolve(sound, DEVICE, Settings(cache_dir=tmp_path)).choices["forward"].config == softmax_config(32)
+    again = {trial.config: trial.created_at for trial in store.trials(sound, "forward")}
+    assert all(again[config] > trials[config] for config in (softmax_config(32), softmax_config(64, "zeroed_row")))
+
+
+def test_unsteady_device_goes_on_with_the_stored_winner(
+    tmp_path: Path, unsteady: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sweep that was to go on where the budget ended leaves the winner in place, and says why in one warning."""
+    problem = planted_problem("32 64 128", "32 64 128")
+    resolve(problem, DEVICE, Settings(cache_dir=tmp_path, budget_seconds=0.001))
+    before = open_layers(tmp_path).counts()
+    autotune.forget()
+    unsteady.touch()
+    caplog.clear()
+    found = resolve(problem, DEVICE, Settings(mode=Mode.TUNE, cache_dir=tmp_path, finish=True))
+    assert {choice.rung for choice in found.choices.values()} == {"winner"}
+    assert open_layers(tmp_path).counts() == before
+    (warning,) = warnings(caplog)
+    assert "is suspect" in warning
+    assert "running the stored winner" in warning

@@ -1,0 +1,35 @@
+"""What the tests of the command ``flashbias`` share: one small tuned problem, and ways to look at its rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from autotune.device import describe
+from cache_db import open_layers
+from cache_db.models import Config, Problem, Trial
+from tests.autotune.planted_spec import planted_problem
+from tests.autotune.softmax_spec import softmax_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = describe(-1)
+PROBLEM = planted_problem("32 64:zeroed_row", "32")
+KEY = PROBLEM.key("forward")
+GOOD, WRONG = softmax_config(32), softmax_config(64, "zeroed_row")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def trial(folder: Path, config: Config, problem: Problem = PROBLEM) -> Trial:
+    """Returns the stored forward trial of ``config``."""
+    (found,) = (row for row in open_layers(folder).trials(problem, "forward") if row.config == config)
+    return found
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python as a user's shell would."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
