@@ -1,6 +1,7 @@
 """Attention with a low-rank bias, run by kernel configurations that were proven right on this GPU.
 
-``flash_bias_func`` computes softmax(q kᵀ · scale + q_bias k_biasᵀ + mask) v and its gradients; ``factors`` builds
+``flash_bias_func`` computes softmax(q kᵀ · scale + q_bias k_biasᵀ + mask) v and its gradients, and
+``flash_bias_varlen_func`` those of packed sequences of different lengths; ``factors`` builds
 q_bias and k_bias for well-known biases; ``nn`` has an attention layer made with both; ``settings`` says how
 configurations are found, for a block of code. The method is FlashBias (arXiv:2505.12044).
 """
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from flashbias.errors import ArgumentError, FlashBiasError, UnsupportedError
     from flashbias.merge import merge_attention
     from flashbias.settings import settings
+    from flashbias.varlen.api import flash_bias_varlen_func
 
 __all__ = [
     "ArgumentError",
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "factors",
     "flash_bias_func",
+    "flash_bias_varlen_func",
     "merge_attention",
     "nn",
     "settings",
@@ -76,6 +79,7 @@ _HOMES = {
     "SettingsError": "autotune.errors",
     "UnsupportedError": "flashbias.errors",
     "flash_bias_func": "flashbias.api",
+    "flash_bias_varlen_func": "flashbias.varlen.api",
     "merge_attention": "flashbias.merge",
     "settings": "flashbias.settings",
 }

@@ -39,6 +39,7 @@ from flashbias.kernels.problem import (
 from flashbias.precision import Precision
 from flashbias.reference import Wanted
 from flashbias.settings import current
+from flashbias.varlen.sequences import Extent
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,15 @@ def plan_for(
     precision: str = "default",
     *,
     through_forward: bool = False,
+    extent: Extent | None = None,
 ) -> Plan:
     """Returns what to run; ``through_forward`` takes what the latest forward with this launch key ran.
 
+    ``extent`` says that the tensors are packed sequences, in one batch, and ``band`` is that of equal lengths.
     A backward decides nothing: autograd's threads see no settings. Its tensors are made to fit the plan's layout.
     """
     device = describe(q.get_device())
+    batch, seqlen_q, seqlen_k = extent or (q.shape[0], q.shape[1], k.shape[1])
     key = (
         device.index,
         q.dtype,
@@ -129,13 +133,14 @@ def plan_for(
         v.shape[3],
         None if q_bias is None else packing_of(q, q_bias, names_of(grads)).kind,
         band.high is not None,
-        window_bucket(band, k.shape[1]),
+        window_bucket(band, seqlen_k),
         None if mask is None else (mask.dtype, _mask_dims(mask) if grads[5] else None),
         grads,
         q.shape[2] // k.shape[2],
-        query_bucket(q.shape[1]),
-        bucket(k.shape[1]),
-        occupancy(q.shape[0], q.shape[2], q.shape[1], device.sm_count),
+        query_bucket(seqlen_q),
+        bucket(seqlen_k),
+        occupancy(batch, q.shape[2], seqlen_q, device.sm_count),
+        extent is not None,
     )
     if through_forward:
         return _latest.get(key, EAGER)
@@ -145,7 +150,7 @@ def plan_for(
     if plan is None:
         if device.index >= 0 and torch.cuda.is_current_stream_capturing():
             return EAGER
-        plan = _make_plan(_shape(q, k, v, q_bias, mask, grads, aligned, precision), band, device, chosen)
+        plan = _make_plan(_shape(q, k, v, q_bias, mask, grads, aligned, precision, extent), band, device, chosen)
         _plans[key, aligned, chosen.identity] = plan
     _latest[key] = plan
     return plan
@@ -160,13 +165,15 @@ def _shape(
     grads: Wanted,
     aligned: bool,
     precision: str,
+    extent: Extent | None,
 ) -> Shape:
+    batch, seqlen_q, seqlen_k = extent or (q.shape[0], q.shape[1], k.shape[1])
     return Shape(
-        batch=q.shape[0],
+        batch=batch,
         nheads=q.shape[2],
         nheads_kv=k.shape[2],
-        seqlen_q=q.shape[1],
-        seqlen_k=k.shape[1],
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
         headdim=q.shape[3],
         value_dim=v.shape[3],
         rank=0 if q_bias is None else q_bias.shape[3],
@@ -175,6 +182,7 @@ def _shape(
         precision=None if precision == "default" else cast(Precision, precision),
         mask="none" if mask is None else cast(MaskKind, str(mask.dtype).removeprefix("torch.")),
         mask_dims="matrix" if mask is None else _mask_dims(mask),
+        varlen=extent is not None,
         grads=names_of(grads),
         layout="aligned" if aligned else "strided",
     )

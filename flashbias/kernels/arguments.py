@@ -29,6 +29,7 @@ from flashbias.kernels.space import DESCRIPTORS, padded
 
 _MASK_CODES: Final = {"none": 0, "bool": 1}
 _ADDITIVE: Final = 2
+_OF_SEQUENCES: Final = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "sequence_facts")
 _NO_STRIDES: Final = (0, 0, 0, 0)
 FUNCTIONS: Final[Mapping[str, Any]] = {
     "forward": forward,
@@ -40,7 +41,12 @@ FUNCTIONS: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The run-time sizes of one call. ``columns`` are those of the factors that kernels store gradients of."""
+    """The run-time sizes of one call. ``columns`` are those of the factors that kernels store gradients of.
+
+    Of packed sequences (``packed``) ``batch`` is their number, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
+    and ``rows_q`` is the sum of those of q; ``shifted`` says that the band is aligned bottom-right in each, and
+    ``positional`` names the factors that every sequence reads from their start.
+    """
 
     batch: int
     nheads: int
@@ -49,6 +55,10 @@ class Sizes:
     seqlen_k: int
     columns: int
     band: Band
+    packed: bool = False
+    rows_q: int = 0
+    shifted: bool = False
+    positional: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -71,12 +81,13 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
     split = splitting.split_of(kernel, config, problem)
     _settle_cache_keys()
     mask = str(fields["mask"])
-    constants = {
+    constants: dict[str, Any] = {
         "HEAD_DIM": fields["head_dim"],
         "VALUE_DIM": fields["value_dim"],
         "RANK": fields["rank_dim"],
         "HIGH": fields["causal"],
         "LOW": bool(fields["window"]),
+        "VARLEN": fields["varlen"],
         "GQA": int(fields["gqa_group"]) > 1,
         "MASK": _MASK_CODES.get(mask, _ADDITIVE),
         "PRECISION": fields["precision"],
@@ -95,9 +106,12 @@ def compile_kernel(kernel: str, config: Config, problem: Problem, device: Device
         "BLOCK_D": padded(int(fields["head_dim"])),
         "BLOCK_DV": padded(int(fields["value_dim"])),
     }
+    if not fields["varlen"]:  # absent arguments, so that their binaries are those of kernels that know no sequences
+        constants |= dict.fromkeys(_OF_SEQUENCES)
     binary = compile_binary(
         function,
-        dtypes={"": str(fields["dtype"]), "mask_ptr": mask, "dmask_ptr": mask},
+        dtypes={"": str(fields["dtype"]), "mask_ptr": mask, "dmask_ptr": mask}
+        | dict.fromkeys(_OF_SEQUENCES[:2], "int32"),
         aligned=problem.layout == "aligned",
         constants={name: constants[name] for name in function.arg_names if name in constants},
         options={name: int(params[name]) for name in ("num_warps", "num_stages")},
@@ -120,7 +134,8 @@ def launch_kernel(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], si
 
     ``tensors`` maps a kernel's pointer names (without ``_ptr``) to tensors: (B, S, H, D) in any strides with a
     unit last one; ``mask`` is (B, H, Sq, Sk), ``dmask`` has the mask's own dims; row values are contiguous
-    (B, H, Sq). Absent ones are never read.
+    (B, H, Sq). Absent ones are never read. Packed sequences are one batch of all their rows, with ``cu_seqlens_q``
+    and ``cu_seqlens_k`` int32.
     """
     group = sizes.nheads // sizes.nheads_kv
     splits, tensors = splitting.with_room(binary.split, tensors, sizes.batch * sizes.nheads)
@@ -133,6 +148,7 @@ def launch_kernel(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], si
         "seqlen_k": sizes.seqlen_k,
         "low": sizes.band.low or 0,
         "high": sizes.band.high or 0,
+        "sequence_facts": (sizes.rows_q, int(sizes.shifted)),
         "has_dlse": int("dlse" in tensors),
         "rank": sizes.columns,
         "factor_columns": tensors["q_factor"].shape[3] if "q_factor" in tensors else 0,
@@ -146,6 +162,8 @@ def launch_kernel(kernel: str, binary: Binary, tensors: Mapping[str, Tensor], si
             arguments[name] = tensors.get(name[:-4], tensors["q"])
         elif name.endswith("_strides"):
             arguments[name] = _strides_of(name[:-8], tensors)
+            if sizes.packed:
+                arguments[name] = _sequence_strides(name[:-8], arguments[name], sizes)
     launch_binary(binary, _programs(kernel, binary, tensors, sizes), arguments, splits)
     if binary.combine is not None:
         launch_binary(binary.combine, sizes.batch * sizes.nheads * sizes.seqlen_q, arguments)
@@ -187,6 +205,11 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
     )
 
 
+def _sequence_strides(name: str, strides: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
+    """Returns strides whose first one moves by rows: a sequence starts at its first row, or where all of them do."""
+    return (0 if name in sizes.positional else strides[1], *strides[1:])
+
+
 def as_bytes(mask: Tensor, sizes: Sizes) -> Tensor:
     """Returns the mask expanded to (B, H, Sq, Sk) without a copy, bool as bytes."""
     expanded = mask.expand(sizes.batch, sizes.nheads, sizes.seqlen_q, sizes.seqlen_k)
@@ -203,6 +226,12 @@ HOST_FUNCTIONS: Final[tuple[Any, ...]] = (
     _programs,
     _strides_of,
     _strides,
+    _sequence_strides,
     as_bytes,
 )
-CONSTANTS: Final[Mapping[str, object]] = {"mask codes": _MASK_CODES, "additive": _ADDITIVE, **splitting.CONSTANTS}
+CONSTANTS: Final[Mapping[str, object]] = {
+    "mask codes": _MASK_CODES,
+    "additive": _ADDITIVE,
+    "of sequences": _OF_SEQUENCES,
+    **splitting.CONSTANTS,
+}

@@ -9,133 +9,16 @@ Where several query heads share a key head, one program walks the queries of all
 import triton
 import triton.language as tl
 
+from flashbias.kernels.backward_dkdv_tiles import accumulate_dkdv
 from flashbias.kernels.primitives import (
     band_tiles,
-    blind_rows_high,
-    dot,
-    exp_difference,
-    factor_dot,
-    load_row_values,
     load_tile,
-    masked,
-    narrow,
     program_tile,
-    scores,
-    skipping,
     store_factor_gradient,
     store_tile,
     tile_source,
 )
-
-
-@triton.jit
-def accumulate_dkdv(
-    gradients,
-    k,
-    v,
-    k_factor,
-    q_source,
-    dout_source,
-    q_factor_source,
-    lse_base,
-    delta_base,
-    mask_base,
-    q_strides,
-    dout_strides,
-    q_factor_strides,
-    mask_strides,
-    offsets_k,
-    first,
-    last,
-    hole,
-    hole_width,
-    seqlen_q,
-    seqlen_k,
-    low,
-    high,
-    factor_columns,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WANT_DK: tl.constexpr,
-    WANT_DV: tl.constexpr,
-    WANT_DK_BIAS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Adds the share of query tiles ``first`` … ``last`` to gradients = (dK, dV, dK_bias)."""
-    dk, dv, dk_factor = gradients
-    for step in tl.range(first, last, BLOCK_M):
-        start = skipping(step, hole, hole_width, LOW and HIGH and EDGE)
-        # q: (BLOCK_M, BLOCK_D), q_factor: (BLOCK_M, RANK); rows past the end are 0 and their p is 0 (LSE +inf)
-        q = load_tile(
-            q_source, start, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, True
-        )
-        q_factor = q
-        if RANK > 0:
-            q_factor = load_tile(
-                q_factor_source,
-                start,
-                q_factor_strides[1],
-                seqlen_q,
-                factor_columns,
-                BLOCK_M,
-                RANK,
-                DESCRIPTORS,
-                False,
-                True,
-            )
-        s = scores(k, q, k_factor, q_factor, scale, RANK, PRECISION)
-        offsets_q = start + tl.arange(0, BLOCK_M)
-        s = masked(
-            s,
-            offsets_q[None, :],
-            offsets_k[:, None],
-            mask_base,
-            mask_strides,
-            seqlen_q,
-            seqlen_k,
-            low,
-            high,
-            MASK,
-            LOW,
-            HIGH,
-            EDGE,
-        )
-        lse = blind_rows_high(load_row_values(lse_base, start, seqlen_q, -float("inf"), BLOCK_M))
-        p = exp_difference(s, lse[None, :], MASK)
-        # dout: (BLOCK_M, BLOCK_DV)
-        dout = load_tile(
-            dout_source,
-            start,
-            dout_strides[1],
-            seqlen_q,
-            VALUE_DIM,
-            BLOCK_M,
-            BLOCK_DV,
-            DESCRIPTORS,
-            VALUE_DIM == BLOCK_DV,
-            True,
-        )
-        if WANT_DV:
-            dv = dot(narrow(p, dout.dtype), dout, dv, PRECISION)
-        if WANT_DK or WANT_DK_BIAS:
-            delta = load_row_values(delta_base, start, seqlen_q, 0.0, BLOCK_M)
-            dp = dot(v, tl.trans(dout), tl.zeros([v.shape[0], BLOCK_M], tl.float32), PRECISION)
-            ds = narrow(p * (dp - delta[None, :]), q.dtype)
-            if WANT_DK:
-                dk = dot(ds, q, dk, PRECISION)
-            if WANT_DK_BIAS:
-                dk_factor = factor_dot(ds, q_factor, dk_factor, PRECISION)
-    return dk, dv, dk_factor
+from flashbias.kernels.varlen import sequence
 
 
 @triton.jit
@@ -146,6 +29,8 @@ def backward_dkdv(
     q_factor_ptr,
     k_factor_ptr,
     mask_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     lse_ptr,
     dout_ptr,
     delta_ptr,
@@ -169,6 +54,7 @@ def backward_dkdv(
     seqlen_k,
     low,
     high,
+    sequence_facts,
     factor_columns,
     rank,
     scale,
@@ -177,6 +63,7 @@ def backward_dkdv(
     RANK: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    VARLEN: tl.constexpr,
     GQA: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -194,12 +81,17 @@ def backward_dkdv(
     ``nheads`` counts query heads, ``group`` of them share a key head; dK_bias is that of every query head.
     """
     tile, batch, kv_head = program_tile(tl.cdiv(seqlen_k, BLOCK_N), nheads // group, LOW and not HIGH)
+    first_q, first_k, seqlen_q, seqlen_k, low, high = sequence(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, sequence_facts, seqlen_q, seqlen_k, low, high, VARLEN
+    )
     start_k = tile * BLOCK_N
+    if VARLEN and start_k >= seqlen_k:
+        return
     offsets_k = start_k + tl.arange(0, BLOCK_N)
 
     # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), both resident
-    k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[2]
-    v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[2]
+    k_base = k_ptr + first_k * k_strides[0] + kv_head * k_strides[2]
+    v_base = v_ptr + first_k * v_strides[0] + kv_head * v_strides[2]
     k = load_tile(k_base, start_k, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, False, HEAD_DIM == BLOCK_D, True)
     v = load_tile(
         v_base, start_k, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
@@ -213,9 +105,9 @@ def backward_dkdv(
     width = full_last - full_first
     for member in tl.range(0, group if GQA else 1):
         head = kv_head * group + member
-        row_base = (batch * nheads + head) * seqlen_q
-        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
-        dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[2]
+        row_base = head * sequence_facts[0] + first_q if VARLEN else (batch * nheads + head) * seqlen_q
+        q_base = q_ptr + first_q * q_strides[0] + head * q_strides[2]
+        dout_base = dout_ptr + first_q * dout_strides[0] + head * dout_strides[2]
         mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
         q_source = tile_source(q_base, q_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
         dout_source = tile_source(dout_base, dout_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, DESCRIPTORS)
@@ -224,8 +116,8 @@ def backward_dkdv(
         q_factor_source = q_source
         dk_factor = tl.zeros([BLOCK_N, RANK if RANK > 0 else 1], tl.float32)
         if RANK > 0:
-            q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
-            k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
+            q_factor_base = q_factor_ptr + first_q * q_factor_strides[0] + head * q_factor_strides[2]
+            k_factor_base = k_factor_ptr + first_k * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
             q_factor_source = tile_source(
                 q_factor_base, q_factor_strides[1], seqlen_q, factor_columns, BLOCK_M, RANK, DESCRIPTORS
             )
@@ -282,12 +174,12 @@ def backward_dkdv(
                     EDGE,
                 )
         if WANT_DK_BIAS:
-            dk_bias_base = dk_bias_ptr + batch * dk_bias_strides[0] + head * dk_bias_strides[2]
+            dk_bias_base = dk_bias_ptr + first_k * dk_bias_strides[0] + head * dk_bias_strides[2]
             store_factor_gradient(dk_bias_base, dk_factor, start_k, dk_bias_strides[1], seqlen_k, rank, BLOCK_N, RANK)
 
     if WANT_DK:
-        dk_base = dk_ptr + batch * dk_strides[0] + kv_head * dk_strides[2]
+        dk_base = dk_ptr + first_k * dk_strides[0] + kv_head * dk_strides[2]
         store_tile(dk_base, dk * scale, start_k, dk_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     if WANT_DV:
-        dv_base = dv_ptr + batch * dv_strides[0] + kv_head * dv_strides[2]
+        dv_base = dv_ptr + first_k * dv_strides[0] + kv_head * dv_strides[2]
         store_tile(dv_base, dv, start_k, dv_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV)

@@ -1,141 +1,23 @@
-"""The first backward pass: delta, dQ and dQ_bias, walking the keys of one query tile.
-
-There are two passes and no atomics in either, so gradients are bitwise repeatable.
-"""
+"""The first backward pass: delta, dQ and dQ_bias, walking the keys of one query tile. No atomics: bitwise repeatable."""
 
 import triton
 import triton.language as tl
 
+from flashbias.kernels.backward_dq_tiles import accumulate_dq
 from flashbias.kernels.combining import split_tiles, store_sums
 from flashbias.kernels.emulation import cut
 from flashbias.kernels.primitives import (
     band_tiles,
     blind_rows_high,
-    dot,
-    exp_difference,
-    factor_dot,
     load_row_values,
     load_tile,
-    masked,
-    narrow,
     program_tile,
-    scores,
-    skipping,
     store_factor_gradient,
     store_tile,
     tile_source,
 )
 from flashbias.kernels.recentring import SUM_COLUMNS, recentred
-
-
-@triton.jit
-def accumulate_dq(
-    gradients,
-    q,
-    q_factor,
-    dout,
-    lse,
-    delta,
-    k_source,
-    v_source,
-    k_factor_source,
-    mask_base,
-    k_strides,
-    v_strides,
-    k_factor_strides,
-    mask_strides,
-    offsets_q,
-    first,
-    last,
-    hole,
-    hole_width,
-    seqlen_q,
-    seqlen_k,
-    low,
-    high,
-    factor_columns,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WANT_DQ: tl.constexpr,
-    WANT_DQ_BIAS: tl.constexpr,
-    ONES_COLUMN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Adds the share of key tiles ``first`` … ``last`` to gradients = (dQ, dS k_factor, P k_factor, Σ dS, Σ P)."""
-    dq, ds_factor, p_factor, ds_sum, p_sum = gradients
-    for step in tl.range(first, last, BLOCK_N):
-        start = skipping(step, hole, hole_width, LOW and EDGE)
-        # k: (BLOCK_N, BLOCK_D), v: (BLOCK_N, BLOCK_DV), k_factor: (BLOCK_N, RANK)
-        k = load_tile(
-            k_source, start, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, HEAD_DIM == BLOCK_D, EDGE
-        )
-        k_factor = k
-        if RANK > 0:
-            k_factor = load_tile(
-                k_factor_source,
-                start,
-                k_factor_strides[1],
-                seqlen_k,
-                factor_columns,
-                BLOCK_N,
-                RANK,
-                DESCRIPTORS,
-                False,
-                EDGE,
-            )
-        s = scores(q, k, q_factor, k_factor, scale, RANK, PRECISION)
-        offsets_k = start + tl.arange(0, BLOCK_N)
-        s = masked(
-            s,
-            offsets_q[:, None],
-            offsets_k[None, :],
-            mask_base,
-            mask_strides,
-            seqlen_q,
-            seqlen_k,
-            low,
-            high,
-            MASK,
-            LOW,
-            HIGH,
-            EDGE,
-        )
-        p = exp_difference(s, lse[:, None], MASK)
-        v = load_tile(
-            v_source,
-            start,
-            v_strides[1],
-            seqlen_k,
-            VALUE_DIM,
-            BLOCK_N,
-            BLOCK_DV,
-            DESCRIPTORS,
-            VALUE_DIM == BLOCK_DV,
-            EDGE,
-        )
-        dp = dot(dout, tl.trans(v), tl.zeros([dout.shape[0], BLOCK_N], tl.float32), PRECISION)
-        ds = narrow(p * (dp - delta[:, None]), k.dtype)
-        if WANT_DQ:
-            dq = dot(ds, k, dq, PRECISION)
-        if WANT_DQ_BIAS:
-            p = narrow(p, k_factor.dtype)
-            ds_factor = factor_dot(ds, k_factor, ds_factor, PRECISION)
-            p_factor = factor_dot(p, k_factor, p_factor, PRECISION)
-            if not ONES_COLUMN:
-                ones = narrow(tl.full([BLOCK_N, SUM_COLUMNS], 1.0, tl.float32), k_factor.dtype)
-                ds_sum = factor_dot(ds, ones, ds_sum, PRECISION)
-                p_sum = factor_dot(p, ones, p_sum, PRECISION)
-    return dq, ds_factor, p_factor, ds_sum, p_sum
+from flashbias.kernels.varlen import sequence
 
 
 @triton.jit
@@ -146,6 +28,8 @@ def backward_dq(
     q_factor_ptr,
     k_factor_ptr,
     mask_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     out_ptr,
     lse_ptr,
     dout_ptr,
@@ -175,6 +59,7 @@ def backward_dq(
     seqlen_k,
     low,
     high,
+    sequence_facts,
     has_dlse,
     factor_columns,
     rank,
@@ -184,6 +69,7 @@ def backward_dq(
     RANK: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    VARLEN: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     WANT_DQ: tl.constexpr,
@@ -201,14 +87,19 @@ def backward_dq(
     ``SPLIT``: delta, and one split's share of the sums that the others are made from.
     """
     tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, HIGH and not LOW)
+    first_q, first_k, seqlen_q, seqlen_k, low, high = sequence(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, sequence_facts, seqlen_q, seqlen_k, low, high, VARLEN
+    )
     kv_head = head // group
     start_q = tile * BLOCK_M
+    if VARLEN and start_q >= seqlen_q:
+        return
     offsets_q = start_q + tl.arange(0, BLOCK_M)
-    row_base = (batch * nheads + head) * seqlen_q
+    row_base = head * sequence_facts[0] + first_q if VARLEN else (batch * nheads + head) * seqlen_q
 
     # out, dout: (BLOCK_M, BLOCK_DV)
-    out_base = out_ptr + batch * out_strides[0] + head * out_strides[2]
-    dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[2]
+    out_base = out_ptr + first_q * out_strides[0] + head * out_strides[2]
+    dout_base = dout_ptr + first_q * dout_strides[0] + head * dout_strides[2]
     out = load_tile(
         out_base, start_q, out_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV, False, VALUE_DIM == BLOCK_DV, True
     )
@@ -230,9 +121,9 @@ def backward_dq(
     tl.store(delta_ptr + row_base + offsets_q, delta, mask=written)
 
     if WANT_DQ or WANT_DQ_BIAS:
-        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
-        k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[2]
-        v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[2]
+        q_base = q_ptr + first_q * q_strides[0] + head * q_strides[2]
+        k_base = k_ptr + first_k * k_strides[0] + kv_head * k_strides[2]
+        v_base = v_ptr + first_k * v_strides[0] + kv_head * v_strides[2]
         mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
         k_source = tile_source(k_base, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
         v_source = tile_source(v_base, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, DESCRIPTORS)
@@ -247,8 +138,8 @@ def backward_dq(
         ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
         p_sum = ds_sum
         if RANK > 0:
-            q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
-            k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
+            q_factor_base = q_factor_ptr + first_q * q_factor_strides[0] + head * q_factor_strides[2]
+            k_factor_base = k_factor_ptr + first_k * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
             k_factor_source = tile_source(
                 k_factor_base, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, DESCRIPTORS
             )
@@ -329,9 +220,9 @@ def backward_dq(
                 BLOCK_D,
             )
         if WANT_DQ and not SPLIT:
-            dq_base = dq_ptr + batch * dq_strides[0] + head * dq_strides[2]
+            dq_base = dq_ptr + first_q * dq_strides[0] + head * dq_strides[2]
             store_tile(dq_base, dq * scale, start_q, dq_strides[1], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D)
         if WANT_DQ_BIAS and not SPLIT:
-            dq_bias_base = dq_bias_ptr + batch * dq_bias_strides[0] + head * dq_bias_strides[2]
+            dq_bias_base = dq_bias_ptr + first_q * dq_bias_strides[0] + head * dq_bias_strides[2]
             dq_factor = recentred(ds_factor, p_factor, ds_sum, p_sum, dlse, rank, ONES_COLUMN)
             store_factor_gradient(dq_bias_base, dq_factor, start_q, dq_bias_strides[1], seqlen_q, rank, BLOCK_M, RANK)

@@ -26,8 +26,10 @@ from cache_db.models import Scalar
 if TYPE_CHECKING:
     from flashbias.kernels.splitting import Split
 
-_SCALARS = {
+_SCALARS: Final[Mapping[str, Any]] = {
     "batches": "i32",
+    "positions": "i32",
+    "columns": "i32",
     "nheads": "i32",
     "group": "i32",
     "factor_group": "i32",
@@ -37,6 +39,7 @@ _SCALARS = {
     "seqlen_k": "i32",
     "low": "i32",
     "high": "i32",
+    "sequence_facts": ("i32", "i32"),
     "has_dlse": "i32",
     "factor_columns": "i32",
     "rank": "i32",
@@ -64,6 +67,7 @@ _SCRATCH = "partial_"  # what splits found: fp32 as well
 # Row values and factor gradients have rows of any length, masks any strides: neither is promised to be aligned.
 _UNALIGNED = frozenset(
     {"mask_ptr", "mask_strides", "dmask_ptr", "dmask_strides", "dlse_ptr", "dq_bias_strides", "dk_bias_strides"}
+    | {"cu_seqlens_q_ptr", "cu_seqlens_k_ptr"}
 )
 
 
@@ -135,6 +139,7 @@ def compile_binary(
 ) -> Binary:
     """Compiles ``function`` for an NVIDIA architecture without needing a GPU; in the interpreter only wraps it.
 
+    Every argument that ``constants`` names is part of the code: one that a problem does not have is None there.
     Raises what Triton raises: CompilationError, OutOfResources, PTXASError, RuntimeError.
     """
     arguments = tuple(name for name in function.arg_names if name not in constants)

@@ -18,6 +18,7 @@ from flashbias.kernels.primitives import (
     store_tile,
     tile_source,
 )
+from flashbias.kernels.varlen import sequence
 
 
 @triton.jit
@@ -122,6 +123,8 @@ def forward(
     q_factor_ptr,
     k_factor_ptr,
     mask_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     out_ptr,
     lse_ptr,
     partial_out_ptr,
@@ -141,6 +144,7 @@ def forward(
     seqlen_k,
     low,
     high,
+    sequence_facts,
     factor_columns,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -148,6 +152,7 @@ def forward(
     RANK: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    VARLEN: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -159,13 +164,18 @@ def forward(
 ):
     """Computes BLOCK_M rows of O and LSE of one (batch, head); ``SPLIT``: one split's share of what they are made from."""
     tile, batch, head = program_tile(tl.cdiv(seqlen_q, BLOCK_M), nheads, HIGH and not LOW)
+    first_q, first_k, seqlen_q, seqlen_k, low, high = sequence(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, sequence_facts, seqlen_q, seqlen_k, low, high, VARLEN
+    )
     kv_head = head // group
     start_q = tile * BLOCK_M
+    if VARLEN and start_q >= seqlen_q:
+        return
     offsets_q = start_q + tl.arange(0, BLOCK_M)
 
-    q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
-    k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[2]
-    v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[2]
+    q_base = q_ptr + first_q * q_strides[0] + head * q_strides[2]
+    k_base = k_ptr + first_k * k_strides[0] + kv_head * k_strides[2]
+    v_base = v_ptr + first_k * v_strides[0] + kv_head * v_strides[2]
     mask_base = mask_ptr + batch * mask_strides[0] + head * mask_strides[1]
     k_source = tile_source(k_base, k_strides[1], seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     v_source = tile_source(v_base, v_strides[1], seqlen_k, VALUE_DIM, BLOCK_N, BLOCK_DV, DESCRIPTORS)
@@ -175,8 +185,8 @@ def forward(
     q_factor = q
     k_factor_source = k_source
     if RANK > 0:
-        q_factor_base = q_factor_ptr + batch * q_factor_strides[0] + head * q_factor_strides[2]
-        k_factor_base = k_factor_ptr + batch * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
+        q_factor_base = q_factor_ptr + first_q * q_factor_strides[0] + head * q_factor_strides[2]
+        k_factor_base = k_factor_ptr + first_k * k_factor_strides[0] + head // factor_group * k_factor_strides[2]
         k_factor_source = tile_source(
             k_factor_base, k_factor_strides[1], seqlen_k, factor_columns, BLOCK_N, RANK, DESCRIPTORS
         )
@@ -240,7 +250,7 @@ def forward(
     else:
         # A row that saw no key has row_sum 0: O is 0 there and LSE -inf.
         divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
-        out_base = out_ptr + batch * out_strides[0] + head * out_strides[2]
+        out_base = out_ptr + first_q * out_strides[0] + head * out_strides[2]
         store_tile(out_base, acc / divisor[:, None], start_q, out_strides[1], seqlen_q, VALUE_DIM, BLOCK_M, BLOCK_DV)
-        lse_base = lse_ptr + (batch * nheads + head) * seqlen_q
-        tl.store(lse_base + offsets_q, row_max + tl.log2(divisor) * LN2, mask=offsets_q < seqlen_q)
+        row_base = head * sequence_facts[0] + first_q if VARLEN else (batch * nheads + head) * seqlen_q
+        tl.store(lse_ptr + row_base + offsets_q, row_max + tl.log2(divisor) * LN2, mask=offsets_q < seqlen_q)

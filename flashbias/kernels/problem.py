@@ -18,6 +18,7 @@ from flashbias.band import Band
 from flashbias.band import band as band_of
 from flashbias.kernels.factors import Packing, packed_rank
 from flashbias.precision import Arithmetic, Precision
+from flashbias.varlen.band import sequence_band
 
 Gradient = Literal["q", "k", "v", "q_bias", "k_bias", "mask"]
 GRADIENTS: Final[tuple[Gradient, ...]] = ("q", "k", "v", "q_bias", "k_bias", "mask")
@@ -38,8 +39,9 @@ class Shape(BaseModel):
     """One attention call's sizes and kinds, as a shapes file or a call states them.
 
     ``nheads_kv`` is the number of heads of k and v (``nheads`` by default); ``rank`` is 0 without a bias, and
-    ``factor_dtype`` its precision (``dtype`` by default); ``precision`` is that of float32 (by default "ieee"); ``causal`` and ``window`` are those of the operator;
-    ``mask_dims`` says whether the mask has queries and keys or keys alone. ``grads`` names the inputs
+    ``factor_dtype`` its precision (``dtype`` by default); ``precision`` is that of float32 (by default "ieee");
+    ``causal`` and ``window`` are those of the operator; ``mask_dims`` says whether the mask has queries and keys or keys
+    alone. With ``varlen`` the ``batch`` is a number of packed sequences and the lengths are the largest ones. ``grads`` names the inputs
     that want a gradient, none for inference; what a call does not have is not among them. ``layout`` is "strided"
     when any pointer or stride of q, k, v is not a multiple of 16 bytes.
     """
@@ -61,6 +63,7 @@ class Shape(BaseModel):
     precision: Precision | None = None
     mask: MaskKind = "none"
     mask_dims: MaskDims = "matrix"
+    varlen: bool = False
     grads: tuple[Gradient, ...] = ()
     layout: Layout = "aligned"
 
@@ -69,6 +72,8 @@ class Shape(BaseModel):
         """Refuses head counts and factors that do not fit together."""
         if self.nheads % self.kv_heads:
             raise ValueError(f"nheads {self.nheads} must be a multiple of nheads_kv {self.kv_heads}")
+        if self.varlen and self.mask != "none":
+            raise ValueError("packed sequences (varlen) take no mask")
         if self.factor_dtype not in (None, self.dtype, "float32"):
             raise ValueError(f"factor_dtype must be {self.dtype} or float32")
         if self.precision is not None and self.dtype != "float32":
@@ -97,7 +102,9 @@ class Shape(BaseModel):
 
     @property
     def band(self) -> Band:
-        """Returns the diagonals seen."""
+        """Returns the diagonals seen; of packed sequences those of two as long as each other."""
+        if self.varlen:
+            return sequence_band(self.causal, self.window, self.seqlen_q, self.seqlen_k)[0]
         seen = band_of(self.causal, self.window, self.seqlen_q, self.seqlen_k)
         return seen.within(self.seqlen_q, self.seqlen_k)
 
@@ -174,7 +181,7 @@ def problem(shape: Shape, device: DeviceInfo, band: Band | None = None) -> Probl
             if shape.mask == "none"
             else "any",
             "gqa_group": shape.nheads // shape.kv_heads,
-            "varlen": False,
+            "varlen": shape.varlen,
             "factor_dtype": (shape.factor_dtype or shape.dtype) if shape.rank else "none",
             "factor_parts": shape.packing.blocks if shape.rank else 0,
             "grads": ",".join(grads),

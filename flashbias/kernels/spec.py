@@ -22,7 +22,7 @@ from autotune.spec import Case, Floor, Reference, Rule, Tensors, TensorSpec
 from cache_db.models import Config, Problem
 from flashbias import reference
 from flashbias.band import Band
-from flashbias.kernels import arguments, binding, cases, factors, space, splitting
+from flashbias.kernels import arguments, binding, cases, factors, ragged, sequences, space, splitting
 from flashbias.kernels.arguments import Sizes
 from flashbias.kernels.binding import Binary
 from flashbias.kernels.factors import Packing
@@ -44,16 +44,15 @@ _QUERY_GRADIENTS: Final = ("q", "q_bias")
 _KEY_GRADIENTS: Final = ("k", "v", "k_bias")
 
 
-CONSTANTS: Final = {**binding.CONSTANTS, **factors.CONSTANTS, **arguments.CONSTANTS}
+CONSTANTS: Final = {**binding.CONSTANTS, **factors.CONSTANTS, **arguments.CONSTANTS, **sequences.CONSTANTS}
 
 
 @functools.cache
 def source() -> str:
     """Returns the hash of everything that decides what the kernels compute."""
     functions = [*arguments.FUNCTIONS.values(), *factors.FUNCTIONS, *splitting.FUNCTIONS.values()]
-    return source_hash(
-        [*functions, *arguments.HOST_FUNCTIONS, *binding.HOST_FUNCTIONS, packing, space.padded], CONSTANTS
-    )
+    functions += [*arguments.HOST_FUNCTIONS, *sequences.FUNCTIONS, *sequences.HOST_FUNCTIONS]
+    return source_hash([*functions, *binding.HOST_FUNCTIONS, packing, space.padded], CONSTANTS)
 
 
 def softmax_scale(problem: Problem) -> float:
@@ -85,19 +84,23 @@ class AttentionSpec:
 
     def representative(self, problem: Problem, device: DeviceInfo) -> Case:
         """Returns the bucket's own lengths with as many heads as the occupancy class means."""
-        return cases.representative(problem, device)
+        make = ragged.representative if problem.fields["varlen"] else cases.representative
+        return make(problem, device)
 
     def cases(self, problem: Problem, device: DeviceInfo) -> Sequence[Case]:
         """Returns the proof's cases, a small ragged one first."""
-        return cases.proof(problem, device)
+        make = ragged.proof if problem.fields["varlen"] else cases.proof
+        return make(problem, device)
 
     def race_case(self, problem: Problem, device: DeviceInfo) -> Case:
         """Returns a case just over one wave of the device."""
-        return cases.race(problem, device)
+        make = ragged.race if problem.fields["varlen"] else cases.race
+        return make(problem, device)
 
     def inputs(self, problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
         """Returns q, k, v, dout and, as the problem and the case have them, q_bias, k_bias, mask, dlse."""
-        return cases.inputs(problem, case, seed, device)
+        make = ragged.inputs if problem.fields["varlen"] else cases.inputs
+        return make(problem, case, seed, device)
 
     def outputs(self, kernel: str, problem: Problem, case: Case) -> dict[str, TensorSpec]:
         """Returns the buffers ``kernel`` fills: (B, S, H, D) like the inputs, row values (B, H, Sq) in fp32."""
@@ -119,12 +122,13 @@ class AttentionSpec:
         dims = {"q": (nheads, head_dim), "k": (nheads_kv, head_dim), "v": (nheads_kv, value_dim)}
         for name in _QUERY_GRADIENTS if side == "q" else _KEY_GRADIENTS:
             if name in gradients:
-                shape = (batch, rows[side], *dims.get(name, (nheads, rank)))
+                own = int(case.sizes.get(f"{side}_factor_rows", rows[side])) if "bias" in name else rows[side]
+                shape = (batch, own, *dims.get(name, (nheads, rank)))
                 found[f"d{name}"] = TensorSpec.contiguous(shape, torch.float32 if "bias" in name else dtype)
         return found
 
     def scratch(self, kernel: str, problem: Problem, config: Config, case: Case) -> dict[str, TensorSpec]:
-        """Returns room for what splits find, the packed factors, what balances them, and their columns' gradients."""
+        """Returns room for what splits find, packed factors, what balances them, and their gradients before they are summed."""
         sizes = case.sizes
         split = splitting.split_of(kernel, config, problem)
         lengths = (int(sizes[name]) for name in ("seqlen_q", "seqlen_k"))
@@ -134,16 +138,15 @@ class AttentionSpec:
             return partial
         how = _packing(kernel, problem, int(sizes["rank"]))
         dtype = getattr(torch, how.dtype)
-        found = {
-            name: TensorSpec.contiguous(
-                (int(sizes["factor_batch"]), int(sizes[length]), int(sizes[f"{name}_nheads"]), how.columns), dtype
-            )
-            for name, length in (("q_factor", "seqlen_q"), ("k_factor", "seqlen_k"))
-        }
+        found = {}
+        for name, length in (("q_factor", "seqlen_q"), ("k_factor", "seqlen_k")):
+            rows = int(sizes.get(f"{name}_rows", sizes[length]))
+            shape = (int(sizes["factor_batch"]), rows, int(sizes[f"{name}_nheads"]), how.columns)
+            found[name] = TensorSpec.contiguous(shape, dtype)
         if how.balanced:
             found["peaks"] = TensorSpec.contiguous((2, how.rank), torch.int32)
         side = {"backward_dq": "q", "backward_dkdv": "k"}.get(kernel)
-        if how.split and side and f"{side}_bias" in wanted(problem):
+        if side and f"{side}_bias" in wanted(problem) and (how.split or f"{side}_factor_rows" in sizes):
             shape = (int(sizes["batch"]), int(sizes[f"seqlen_{side}"]), int(sizes["nheads"]), how.used)
             found[f"d{side}_packed"] = TensorSpec.contiguous(shape, torch.float32)
         return found | partial
@@ -183,10 +186,17 @@ class AttentionSpec:
         arguments.launch_kernel(kernel, compiled, tensors, sizes, softmax_scale(problem))
         for side in "qk":
             if packed is not None and f"d{side}_packed" in scratch:
-                outputs[f"d{side}_bias"].copy_(packed.gradient(side, scratch[f"d{side}_packed"]))
+                gradient = scratch[f"d{side}_packed"]
+                if f"{side}_factor" in sizes.positional:
+                    rows = inputs[f"{side}_bias"].shape[1]
+                    gradient = sequences.summed(gradient, inputs[f"cu_seqlens_{side}"], rows)
+                outputs[f"d{side}_bias"].copy_(packed.gradient(side, gradient))
 
     def oracle(self, problem: Problem, inputs: Tensors) -> dict[str, Reference]:
         """Returns every output in fp64, and the same sums over absolute values."""
+        if "cu_seqlens_q" in inputs:
+            parts = (self.oracle(problem, part) for part in sequences.split(inputs))
+            return sequences.joined_references(parts, inputs)
         call, dout, dlse = _call(problem, inputs), inputs["dout"], inputs.get("dlse")
         out, lse = reference.forward(*call, compute_dtype=torch.float64)
         how: _How = {"compute_dtype": torch.float64, "wanted": _flags(problem), "dlse": dlse}
@@ -204,6 +214,8 @@ class AttentionSpec:
 
     def ideal(self, problem: Problem, inputs: Tensors) -> Tensors:
         """Returns every output as the ideal kernel gives it: products' operands rounded once, outputs rounded once."""
+        if "cu_seqlens_q" in inputs:
+            return sequences.joined((self.ideal(problem, part) for part in sequences.split(inputs)), inputs)
         call, dout, dlse = _call(problem, inputs), inputs["dout"], inputs.get("dlse")
         dtype = rounding_of(str(problem.fields["dtype"]), str(problem.fields["precision"]))
         out, lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
@@ -236,6 +248,15 @@ def sizes_of(problem: Problem, inputs: Tensors) -> Sizes:
     batch, seqlen_q, nheads, _ = inputs["q"].shape
     columns = inputs["q_bias"].shape[3] if "q_bias" in inputs else 0
     nheads_kv, seqlen_k = inputs["k"].shape[2], inputs["k"].shape[1]
+    if "cu_seqlens_q" in inputs:
+        batch, (longest_q, longest_k, _) = inputs["cu_seqlens_q"].shape[0] - 1, inputs["longest"].shape
+        sides = [side for side in "qk" if columns and inputs[f"{side}_bias"].shape[1] != inputs[side].shape[1]]
+        band, shifted = ragged.band_of(problem, inputs)
+        sizes = Sizes(batch, nheads, nheads_kv, longest_q, longest_k, columns, band)
+        positional = tuple(f"{side}_factor" for side in sides)
+        return replace(sizes, packed=True, rows_q=seqlen_q, shifted=shifted, positional=positional)
+    if "longest" in inputs:
+        return Sizes(batch, nheads, nheads_kv, seqlen_q, seqlen_k, columns, ragged.band_of_part(problem, inputs))
     band = cases.band_of(problem, seqlen_q, seqlen_k)
     return Sizes(batch, nheads, nheads_kv, seqlen_q, seqlen_k, columns, band)
 

@@ -1,0 +1,128 @@
+"""The kernels on packed sequences, run by Triton's interpreter and judged by the gate's own rule."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from autotune.device import describe, interpreting
+from autotune.spec import Case
+from cache_db.models import Problem
+from flashbias.kernels import ragged, sequences, space
+from flashbias.kernels.problem import GRADIENTS, Shape, problem
+from flashbias.kernels.varlen import sequence
+from tests.flashbias.test_kernels import judge, run
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="runs kernels in Triton's interpreter (TRITON_INTERPRET=1)")
+BASE = Shape(batch=2, nheads=1, seqlen_q=64, seqlen_k=64, headdim=16, rank=8, varlen=True, grads=GRADIENTS)
+# No queries, no keys, one of either, tiles across their ends; an odd total of keys is aligned bottom-right.
+CROSS = (19, 0, 7, 1), (20, 3, 0, 18)
+SELF = (19, 1, 0), (19, 1, 0)
+
+
+def made(found: Problem, lengths: tuple[tuple[int, ...], tuple[int, ...]], positional: str = "", **how: Any) -> Case:
+    """Returns a case of these lengths with one head of k and v."""
+    return ragged._case("ragged", found, int(found.fields["gqa_group"]), *lengths, positional, **how)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "causal", "positional", "variant"),
+    [
+        (CROSS, True, "k", space.POINTERS),
+        (CROSS, True, "q", space.DESCRIPTORS),
+        (CROSS, False, "qk", space.DESCRIPTORS),
+        (SELF, True, "", space.DESCRIPTORS),
+        (((0, 4), (7, 36)), True, "qk", space.POINTERS),
+        (((0,), (5,)), False, "", space.POINTERS),
+    ],
+    ids=str,
+)
+def test_sequences_of_any_lengths_are_right(lengths: Any, causal: bool, positional: str, variant: str) -> None:
+    """Outputs of packed sequences, fully written, are those of each alone, with factors of both layouts."""
+    found = problem(BASE.model_copy(update={"causal": causal, "dtype": "bfloat16"}), describe(-1))
+    judge(found, *run(found, made(found, lengths, positional, dlse=True), variant))
+
+
+@pytest.mark.parametrize(
+    ("changes", "positional"),
+    [
+        ({"nheads": 4, "nheads_kv": 2, "window": (5, 3)}, "k"),
+        ({"window": (4, -1), "causal": True}, "q"),
+        ({"window": (-1, 2), "rank": 0, "headdim": 20}, ""),
+        ({"factor_dtype": "float32", "rank": 2, "causal": True}, "qk"),
+        ({"rank": 16, "layout": "strided"}, "k"),
+        ({"grads": ("k_bias",)}, "k"),
+        ({"grads": ()}, "q"),
+    ],
+    ids=str,
+)
+def test_every_kind_of_problem_is_right(changes: dict[str, Any], positional: str) -> None:
+    """Shared key heads, windows, no bias, odd head dims, exact factors, unaligned tensors, single gradients."""
+    found = problem(Shape(**(BASE.model_dump() | changes)), describe(-1))
+    judge(found, *run(found, made(found, CROSS, positional), space.POINTERS))
+
+
+@triton.jit
+def faulty(
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    batch,
+    sequence_facts,
+    seqlen_q,
+    seqlen_k,
+    low,
+    high,
+    VARLEN: tl.constexpr,
+    FAULT: tl.constexpr,
+) -> Any:
+    """Finds a sequence as ``sequence`` does, but for one fault."""
+    first_q, first_k, length_q, length_k, moved_low, moved_high = sequence(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, sequence_facts, seqlen_q, seqlen_k, low, high, VARLEN
+    )
+    if FAULT == "one key too many":
+        length_k = tl.maximum(length_k, 2)
+    if FAULT == "keys start where queries do":
+        first_k = first_q
+    if FAULT == "the band is not moved":
+        moved_low, moved_high = low, high
+    return first_q, first_k, length_q, length_k, moved_low, moved_high
+
+
+@pytest.mark.parametrize("fault", ["one key too many", "keys start where queries do", "the band is not moved"])
+def test_the_proofs_cases_show_a_wrong_sequence(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads a neighbour's keys, starts at the wrong row or misplaces the band fails on the first case."""
+    found = problem(BASE.model_copy(update={"causal": True, "grads": ()}), describe(-1))
+    case, *_ = ragged.proof(found, describe(-1))
+    judge(found, *run(found, case, space.POINTERS))
+    module = importlib.import_module("flashbias.kernels.forward")
+    monkeypatch.setattr(module, "sequence", functools.partial(faulty, FAULT=fault))
+    with pytest.raises(AssertionError, match="out"):
+        judge(found, *run(found, case, space.POINTERS))
+
+
+def test_the_proofs_cases_show_a_sequence_left_out_of_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a positional factor is judged after it was summed."""
+    found = problem(BASE.model_copy(update={"grads": ("k_bias",)}), describe(-1))
+    _, case, _ = ragged.proof(found, describe(-1))
+    whole = sequences.summed
+    monkeypatch.setattr(sequences, "summed", lambda given, cu_seqlens, rows: whole(given, cu_seqlens[:-1], rows))
+    with pytest.raises(AssertionError, match="dk_bias"):
+        judge(found, *run(found, case, space.POINTERS))
+
+
+@pytest.mark.parametrize("columns", [3, 64, 70])
+def test_gradients_are_summed_over_sequences_by_position(columns: int) -> None:
+    """Any number of columns and positions, sequences longer than the positions cut off, empty ones skipped."""
+    lengths, positions = [5, 0, 40, 17], 37
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    gradient = torch.randn(1, sum(lengths), 2, columns)
+    expected = torch.zeros(1, positions, 2, columns)
+    for part in gradient.split(lengths, dim=1):
+        expected[:, : part.shape[1]] += part[:, :positions]
+    torch.testing.assert_close(sequences.summed(gradient, cu_seqlens, positions), expected)
