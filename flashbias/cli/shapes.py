@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--mask-dims", "matrix", f"{', '.join(get_args(MaskDims))} (default matrix)", str)
     flag("--causal", False, "true, false or bottom_right (default false)", _causal)
     flag("--window", (-1, -1), "LEFT,RIGHT keys seen beside a query's own, -1 for no limit (default -1,-1)", _window)
+    flag("--varlen", False, "true: --batch packed sequences, the lengths are the largest (default false)", _switch)
     flag("--grads", DEFAULT_GRADIENTS, "gradients wanted: all (but a mask's), none, or e.g. q,k,v,mask", _gradients)
 
 
@@ -99,6 +100,7 @@ def _combinations(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "precision",
         "mask",
         "mask_dims",
+        "varlen",
         "grads",
         "layout",
     ]
@@ -129,6 +131,12 @@ def _causal(text: str) -> bool | str:
         return values[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"expected true, false or bottom_right, got {text!r}") from None
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 def _window(text: str) -> tuple[int, ...]:

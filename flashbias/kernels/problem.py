@@ -40,10 +40,10 @@ class Shape(BaseModel):
 
     ``nheads_kv`` is the number of heads of k and v (``nheads`` by default); ``rank`` is 0 without a bias, and
     ``factor_dtype`` its precision (``dtype`` by default); ``precision`` is that of float32 (by default "ieee");
-    ``causal`` and ``window`` are those of the operator; ``mask_dims`` says whether the mask has queries and keys or keys
-    alone. With ``varlen`` the ``batch`` is a number of packed sequences and the lengths are the largest ones. ``grads`` names the inputs
-    that want a gradient, none for inference; what a call does not have is not among them. ``layout`` is "strided"
-    when any pointer or stride of q, k, v is not a multiple of 16 bytes.
+    ``causal`` and ``window`` are those of the operator; ``mask_dims`` says whether the mask has queries and keys or
+    keys alone. With ``varlen`` the ``batch`` is a number of packed sequences and the lengths are the largest ones.
+    ``grads`` names the inputs that want a gradient, none for inference; what a call does not have is not among them.
+    ``layout`` is "strided" when any pointer or stride of q, k, v is not a multiple of 16 bytes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -45,7 +45,7 @@ def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
     return [
         _case("ragged", problem, 3, (203, 0, 77, 40), (331, 5, 0, 1), "k"),
         _case("short", problem, 2, (17, 1, 3, 0, 22), (22, 17, 2, 0, 1), dlse=True),
-        _case("one query", problem, 2, (1, 1, 1), (239, 64, 1000)),
+        _case("one query", problem, 4, (1,) * 5, (239, 64, 333, 128, 200)),
         _case("self", problem, 2, (257, 64, 0, 1, 130), (257, 64, 0, 1, 130), "qk", dlse=True),
         _case("cross", problem, 2, (513, 65, 128), (255, 300, 128), "q"),
         _case("long", problem, 2, (1151, 70), (2049, 333), "k", dlse=True),

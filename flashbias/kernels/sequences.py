@@ -98,10 +98,11 @@ def _joined(name: str, values: list[Tensor], inputs: Mapping[str, Tensor]) -> Te
     factor = inputs.get(name.removeprefix("d")) if name in ("dq_bias", "dk_bias") else None
     if factor is None or factor.shape[1] == inputs[name[1]].shape[1]:
         return torch.cat(values, 1)
-    total = values[0].new_zeros((1, factor.shape[1], *values[0].shape[2:]))
+    # Added up in fp64 and rounded once: a sum in 16 bits would be far worse than what kernels do.
+    total = values[0].new_zeros((1, factor.shape[1], *values[0].shape[2:]), dtype=torch.float64)
     for value in values:
         total[:, : value.shape[1]] += value
-    return total
+    return total.to(values[0].dtype)
 
 
 # What decides what is summed: part of the source hash.

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from flashbias import validation
+from flashbias.precision import Precision, chosen
 from flashbias.varlen import checks, ops
 from flashbias.varlen.band import Causal, sequence_band
 from flashbias.varlen.sequences import Sequences
@@ -30,6 +31,7 @@ def flash_bias_varlen_func(
     return_lse: Literal[False] = False,
     deterministic: bool | None = None,
     dropout_p: float = 0.0,
+    precision: Precision | None = None,
 ) -> Tensor: ...
 
 
@@ -51,6 +53,7 @@ def flash_bias_varlen_func(
     return_lse: Literal[True],
     deterministic: bool | None = None,
     dropout_p: float = 0.0,
+    precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -71,6 +74,7 @@ def flash_bias_varlen_func(
     return_lse: bool = False,
     deterministic: bool | None = None,
     dropout_p: float = 0.0,
+    precision: Precision | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns what ``flash_bias_func`` does, for B sequences of different lengths without padding.
 
@@ -79,7 +83,7 @@ def flash_bias_varlen_func(
     H, Hkv, D, Dv and R are those of ``flash_bias_func``.
 
     Args:
-        q: (Tq, H, D), float16 or bfloat16; on a CPU also float32 and float64. Any strides.
+        q: (Tq, H, D), float16, bfloat16 or float32; on a CPU also float64. Any strides.
         k: (Tk, Hkv, D), dtype and device of q. Query head h reads key head h // (H // Hkv).
         v: (Tk, Hkv, Dv), as k.
         cu_seqlens_q: (B + 1,) int32 on q's device, as in the package flash-attn: starts at 0, never falls, ends at Tq.
@@ -103,6 +107,7 @@ def flash_bias_varlen_func(
         return_lse: whether to return the log-sum-exp of the scores too.
         deterministic: gradients are always bitwise repeatable; True, False and None are accepted and mean the same.
         dropout_p: must be 0; there is no attention dropout.
+        precision: how float32 q, k and v on a GPU are multiplied, as in ``flash_bias_func``.
 
     There is no mask: leave tokens that take no part out of the sequences, or pad the batch and use ``flash_bias_func``.
 
@@ -130,5 +135,5 @@ def flash_bias_varlen_func(
     band, shifted = sequence_band(aligned, validation.window(window_size), longest_q, longest_k)
     packed = Sequences(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, shifted)
     scale = validation.scale(softmax_scale, q.unsqueeze(0))
-    out, lse = ops.attention(q, k, v, q_bias, k_bias, packed, band, scale)
+    out, lse = ops.attention(q, k, v, q_bias, k_bias, packed, band, scale, chosen(precision, q))
     return (out, lse) if return_lse else out

@@ -14,6 +14,7 @@ from torch import Tensor
 from flashbias.errors import ArgumentError, UnsupportedError
 from flashbias.kernels.problem import MAX_HEAD_DIM
 from flashbias.validation import (
+    _INTEGERS,
     _check_dense,
     _check_device,
     _check_dtype,
@@ -96,7 +97,7 @@ def check_sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Te
 
 def max_seqlen(name: str, value: object, sequences: int, rows: int) -> int:
     """Returns the valid largest length as an int: ``sequences`` of it hold ``rows``."""
-    valid = not isinstance(value, bool) and isinstance(value, int | np.integer)
+    valid = not isinstance(value, bool) and isinstance(value, _INTEGERS)
     if not valid or value < 0:  # type: ignore[operator]
         cure = "Take it from the lengths on the host: reading it from a GPU tensor would wait for the GPU."
         raise ArgumentError.explain(name, expected="a length, a Python int", got=_shown(value), cure=cure)

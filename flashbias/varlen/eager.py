@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashbias import reference
 from flashbias.band import Band
-from flashbias.eager import compute_dtype
+from flashbias.eager import _arithmetic, compute_dtype
 from flashbias.errors import UnsupportedError
 from flashbias.varlen.band import of_sequence
 from flashbias.varlen.sequences import Sequences
@@ -32,15 +32,15 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``out`` (Tq, H, Dv) in v's dtype and ``lse`` (H, Tq) in the compute dtype."""
-    dtype = compute_dtype(q.dtype)
+    dtype = _arithmetic(q)
     out = v.new_zeros((*q.shape[:2], v.shape[2]))
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=compute_dtype(q.dtype))
     for rows, keys in _ranges(q, k, sequences):
         one_q, one_k, one_v = q[None, rows], k[None, keys], v[None, keys]
         factors = _part(q_bias, rows, q.shape[0]), _part(k_bias, keys, k.shape[0])
         seen = of_sequence(band, sequences.shifted, one_q.shape[1], one_k.shape[1])
         found = reference.forward(one_q, one_k, one_v, *factors, None, seen, scale, compute_dtype=dtype)
-        out[rows], lse[:, rows] = found[0][0].to(v.dtype), found[1][0]
+        out[rows], lse[:, rows] = found[0][0].to(v.dtype), found[1][0].to(lse.dtype)
     return out, lse
 
 
@@ -62,7 +62,7 @@ def backward(
 
     ``dlse`` (H, Tq) is the upstream gradient of LSE.
     """
-    dtype = compute_dtype(q.dtype)
+    dtype = _arithmetic(q)
     inputs = (q, k, v, q_bias, k_bias)
     totals = [
         torch.zeros_like(tensor, dtype=dtype) if want and tensor is not None else None

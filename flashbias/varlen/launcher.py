@@ -35,21 +35,23 @@ def forward(
     band: Band,
     scale: float,
     grads: Five = _FORWARD_ONLY,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Plan]:
     """Returns ``out`` (Tq, H, Dv) in v's dtype, ``lse`` (H, Tq) in fp32 and the plan that the backward must run with.
 
-    ``grads`` says which of q, k, v, q_bias, k_bias will want a gradient. Raises ArgumentError for ``cu_seqlens`` on a
+    ``grads`` says which of q, k, v, q_bias, k_bias will want a gradient; ``precision`` is that of
+    :mod:`flashbias.precision`: fp32 inputs have kernels unless it is "default". Raises ArgumentError for ``cu_seqlens`` on a
     CPU that do not fit, and what :func:`autotune.resolve` raises.
     """
     packed.check_values(q.shape[0], k.shape[0])
     q, k, v, q_bias, k_bias = map(_plain, (q, k, v, q_bias, k_bias))  # type: ignore[assignment]
     call = (q, k, v, q_bias, k_bias, packed)
     q, k, v, q_bias, k_bias = map(_batched, call[:5])  # type: ignore[assignment]
-    if has_kernels(q, k, v, q_bias):
+    if has_kernels(q, k, v, q_bias, precision):
         q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
         with _on(q.device):
             extent = packed.extent(q.shape[1], k.shape[1])
-            plan = plan_for(q, k, v, q_bias, None, band, (*grads, False), extent=extent)
+            plan = plan_for(q, k, v, q_bias, None, band, (*grads, False), precision, extent=extent)
             if plan.binaries:
                 tensors, sizes, _ = _packed(q, k, q_bias, k_bias, packed, band, ())
                 if sizes.positional and any(grads[3:]):
@@ -77,11 +79,12 @@ def backward(
     grads: Five,
     dlse: Tensor | None = None,
     plan: Plan | None = None,
+    precision: str = "default",
 ) -> Found:
     """Returns (dq, dk, dv, dq_bias, dk_bias) in the inputs' own shapes and dtypes, None where not in ``grads``.
 
     ``dlse`` (H, Tq) is the upstream gradient of LSE. ``plan`` is the forward's; without it (a compiled graph carries
-    no Python object) that of the latest forward with this launch key is taken.
+    no Python object) that of the latest forward with this launch key is taken. ``precision`` is the forward's.
     """
     dout, q, k, v, out, lse = map(_plain, (dout, q, k, v, out, lse))  # type: ignore[assignment]
     q_bias, k_bias, dlse = map(_plain, (q_bias, k_bias, dlse))
@@ -89,11 +92,12 @@ def backward(
     dout, out = dout.unsqueeze(0), out.unsqueeze(0)
     q, k, v, q_bias, k_bias = map(_batched, call[1:6])  # type: ignore[assignment]
     inputs = (q, k, v, q_bias, k_bias)
-    if has_kernels(q, k, v, q_bias):
+    if has_kernels(q, k, v, q_bias, precision):
         with _on(q.device):
             if plan is None:
                 extent = packed.extent(q.shape[1], k.shape[1])
-                plan = plan_for(q, k, v, q_bias, None, band, (*grads, False), through_forward=True, extent=extent)
+                wanted = (*grads, False)
+                plan = plan_for(q, k, v, q_bias, None, band, wanted, precision, through_forward=True, extent=extent)
             if plan.binaries:
                 names = names_of((*grads, False))
                 tensors, sizes, factors = _packed(q, k, q_bias, k_bias, packed, band, names)

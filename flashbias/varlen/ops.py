@@ -30,6 +30,7 @@ def attention(
     packed: Sequences,
     band: Band,
     scale: float,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """Returns O (Tq, H, Dv) and LSE (H, Tq) of valid arguments (see :mod:`flashbias.varlen.api`), differentiable once."""
     inputs = (q, k, v, q_bias, k_bias)
@@ -37,11 +38,12 @@ def attention(
     recording = torch.is_grad_enabled()
     grads = _five([recording and tensor is not None and tensor.requires_grad for tensor in inputs])
     if _traced((*inputs, *packed[:2])):
-        traced: tuple[Tensor, Tensor] = varlen_forward(*inputs, *packed, band.low, band.high, scale, grads)
+        bounds = (band.low, band.high)
+        traced: tuple[Tensor, Tensor] = varlen_forward(*inputs, *packed, *bounds, scale, grads, precision)
         return traced
     if not any(grads):
-        return launcher.forward(*inputs, packed, band, scale)[:2]
-    found: tuple[Tensor, Tensor] = _Attention.apply(*inputs, *packed, band, scale)  # type: ignore[no-untyped-call]
+        return launcher.forward(*inputs, packed, band, scale, precision=precision)[:2]
+    found: tuple[Tensor, Tensor] = _Attention.apply(*inputs, *packed, band, scale, precision)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -65,27 +67,27 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        packed, (band, scale) = Sequences(*arguments[5:10]), arguments[10:]
-        complete = (*arguments[:5], packed, band, scale, _five(ctx.needs_input_grad[:5]))
+        packed, (band, scale, precision) = Sequences(*arguments[5:10]), arguments[10:]
+        complete = (*arguments[:5], packed, band, scale, _five(ctx.needs_input_grad[:5]), precision)
         out, lse, ctx.plan = launcher.forward(*complete)
         ctx.save_for_backward(*arguments[:7], out, lse)
-        ctx.rest = (packed[2:], band, scale)
+        ctx.rest = (packed[2:], band, scale, precision)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
-        facts, band, scale = ctx.rest
+        facts, band, scale, precision = ctx.rest
         if dout is None:
             dout = torch.zeros_like(out)
         packed = Sequences(cu_seqlens_q, cu_seqlens_k, *facts)
         grads = _five(ctx.needs_input_grad[:5])
         # Grad mode is on only for create_graph=True: then the gradients must know that they end here.
         compute = _AttentionBackward.apply if torch.is_grad_enabled() else launcher.backward
-        complete = (dout, *tensors, packed, out, lse, band, scale, grads, dlse, ctx.plan)
+        complete = (dout, *tensors, packed, out, lse, band, scale, grads, dlse, ctx.plan, precision)
         found = compute(*complete)
-        return (*found, *[None] * 7)
+        return (*found, *[None] * 8)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -104,8 +106,8 @@ class _AttentionBackward(torch.autograd.Function):
     "flashbias::varlen_forward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool shifted, SymInt? low, SymInt? high, float scale, bool[] grads) "
-    "-> (Tensor, Tensor)",
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool shifted, SymInt? low, SymInt? high, float scale, bool[] grads, "
+    "str precision='default') -> (Tensor, Tensor)",
 )
 def varlen_forward(
     q: Tensor,
@@ -122,10 +124,12 @@ def varlen_forward(
     high: int | None,
     scale: float,
     grads: Sequence[bool],
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse), both contiguous; ``grads`` says which of the five inputs will want a gradient."""
     packed = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, shifted)
-    out, lse, _ = launcher.forward(q, k, v, q_bias, k_bias, packed, Band(low, high), scale, _five(grads))
+    band = Band(low, high)
+    out, lse, _ = launcher.forward(q, k, v, q_bias, k_bias, packed, band, scale, _five(grads), precision)
     return out.contiguous(), lse.contiguous()
 
 
@@ -141,7 +145,8 @@ def _(q: Tensor, _k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor cu_seqlens_q, "
     "Tensor cu_seqlens_k, Tensor out, Tensor lse, SymInt max_seqlen_q, SymInt max_seqlen_k, bool shifted, SymInt? low, "
-    "SymInt? high, float scale, bool[] grads, Tensor? dlse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt? high, float scale, bool[] grads, Tensor? dlse, str precision='default') "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def varlen_backward(
     dout: Tensor,
@@ -162,18 +167,20 @@ def varlen_backward(
     scale: float,
     grads: Sequence[bool],
     dlse: Tensor | None,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the five gradients, contiguous; a torch op cannot return None, so unwanted ones are empty."""
     packed = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, shifted)
     band = Band(low, high)
-    found = launcher.backward(dout, q, k, v, q_bias, k_bias, packed, out, lse, band, scale, _five(grads), dlse)
+    call = (q, k, v, q_bias, k_bias, packed, out, lse, band, scale, _five(grads), dlse)
+    found = launcher.backward(dout, *call, precision=precision)
     dq, dk, dv, dq_bias, dk_bias = (q.new_empty(0) if tensor is None else tensor.contiguous() for tensor in found)
     return dq, dk, dv, dq_bias, dk_bias
 
 
 @varlen_backward.register_fake
 def _(_dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k, v, q_bias, k_bias, *_, grads, _dlse = rest
+    k, v, q_bias, k_bias, grads = *rest[:4], rest[14]  # defaults at the end may be left out
     dq, dk, dv, dq_bias, dk_bias = (
         tensor.new_empty(tensor.shape) if tensor is not None and want else q.new_empty(0)
         for tensor, want in zip((q, k, v, q_bias, k_bias), grads, strict=True)
@@ -183,14 +190,14 @@ def _(_dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:7], *output)
-    ctx.rest = inputs[7:13]
+    ctx.rest, ctx.precision = inputs[7:13], inputs[14]
 
 
 def _differentiate_forward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     grads = ctx.needs_input_grad[:5]
-    found = varlen_backward(dout, *ctx.saved_tensors, *ctx.rest, grads, dlse)
+    found = varlen_backward(dout, *ctx.saved_tensors, *ctx.rest, grads, dlse, ctx.precision)
     wanted = (gradient if want else None for gradient, want in zip(found, grads, strict=True))
-    return (*wanted, *[None] * 9)
+    return (*wanted, *[None] * 10)
 
 
 def _differentiate_backward(_ctx: Any, *_gradients: Tensor) -> None:

@@ -1,384 +1,316 @@
-"""The public call on packed sequences, against the dense call on each sequence alone."""
+"""Packed sequences through the public call on a CPU, against autograd of a dense softmax of each sequence."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autotune.device import DeviceInfo, interpreting
-from flashbias import ArgumentError, UnsupportedError, flash_bias_func, flash_bias_varlen_func, plans
-from flashbias.band import Band
-from flashbias.kernels import space
-from flashbias.kernels.arguments import compile_kernel
-from flashbias.kernels.problem import Shape, problem
-from flashbias.kernels.spec import ATTENTION
+from flashbias import ArgumentError, UnsupportedError, flash_bias_func, flash_bias_varlen_func
 from flashbias.varlen import ops
-from flashbias.varlen.sequences import Sequences
-from tests.flashbias.cases import NAMES, gradient_like, normal
+from tests.flashbias.cases import NAMES
+from tests.flashbias.varlen_cases import Packed, assert_solved, attend, dense, packed, solve, upstream_of
 
-# No queries, no keys, one key, more queries than keys and fewer.
-LENGTHS = (5, 0, 7, 3, 2), (4, 3, 0, 1, 6)
-EQUAL = (5, 0, 7, 1), (5, 0, 7, 1)
-LAYOUTS = ["", "q", "k", "qk"]
 SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(NAMES, size)]
+SAME = (4, 0, 9, 1), (4, 0, 9, 1)
+WINDOWS = [(-1, -1), (2, 1), (-1, 0), (3, -1)]
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """One call on packed sequences."""
-
-    tensors: dict[str, Tensor]
-    lengths: tuple[tuple[int, ...], tuple[int, ...]]
-    switches: dict[str, Any]
-
-    def bounds(self, side: int) -> Tensor:
-        """Returns ``cu_seqlens`` of q (0) or k (1)."""
-        return torch.tensor([0, *self.lengths[side]]).cumsum(0).int()
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """All arguments of the call by name."""
-        bounds = {"cu_seqlens_q": self.bounds(0), "cu_seqlens_k": self.bounds(1)}
-        longest = {"max_seqlen_q": max(self.lengths[0]), "max_seqlen_k": max(self.lengths[1])}
-        return self.tensors | bounds | longest | self.switches
-
-    def leaves(self, names: Iterable[str] = NAMES) -> Ragged:
-        """Returns the call with the named tensors as leaves that want gradients."""
-        wanted = {name: each.clone().requires_grad_() for name, each in self.tensors.items() if name in names}
-        return replace(self, tensors=self.tensors | wanted)
-
-    def wanting(self) -> dict[str, Tensor]:
-        """Returns the tensors that want gradients."""
-        return {name: each for name, each in self.tensors.items() if each.requires_grad}
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_results_and_all_gradients_are_those_of_each_sequence(dtype: torch.dtype, causal: Any, window: Any) -> None:
+    """O, LSE and the gradients through both, with empty sequences and bands aligned in each sequence."""
+    assert_solved(packed(dtype=dtype, causal=causal, window=window), tolerance=1e-4 if dtype == torch.float32 else 1e-9)
 
 
-def made(
-    layout: str = "",
-    lengths: tuple[tuple[int, ...], tuple[int, ...]] = LENGTHS,
-    heads: tuple[int, int, int, int] = (4, 2, 4, 2),
-    dtype: torch.dtype = torch.float64,
-    factor_dtype: torch.dtype | None = None,
-    **switches: Any,
-) -> Ragged:
-    """Returns a call; ``layout`` names the sides whose factor is positional, ``heads`` are those of q, k, both factors."""
-    rows, keys = map(sum, lengths)
-    kind = factor_dtype or dtype
-    tensors = {
-        "q": normal(rows, heads[0], 8, seed=1).to(dtype),
-        "k": normal(keys, heads[1], 8, seed=2).to(dtype),
-        "v": normal(keys, heads[1], 5, seed=3).to(dtype),
-        "q_bias": normal(max(lengths[0]) if "q" in layout else rows, heads[2], 3, seed=4).to(kind),
-        "k_bias": normal(max(lengths[1]) if "k" in layout else keys, heads[3], 3, seed=5).to(kind),
-    }
-    return Ragged(tensors, lengths, switches)
+@pytest.mark.parametrize("positional", ["", "q", "k", "qk"])
+@pytest.mark.parametrize("factor_heads", [(4, 4), (1, 2), (4, 1), (1, 1)], ids=str)
+def test_factors_of_both_layouts_and_any_sharing(positional: str, factor_heads: tuple[int, int]) -> None:
+    """Rows of tokens or of positions on each side, heads shared or not: gradients have the factor's own shape."""
+    assert_solved(packed(positional=positional, factor_heads=factor_heads, causal="bottom_right"))
 
 
-def one_by_one(call: Ragged) -> tuple[Tensor, Tensor]:
-    """Returns O and LSE of the dense call on each sequence, in fp64 and differentiable."""
-    outs, lses = [], []
-    causal = call.switches.get("causal", False)
-    switches = call.switches | {"causal": True if causal == "top_left" else causal}
-    for index in range(len(call.lengths[0])):
-        parts = {}
-        for name, tensor in call.tensors.items():
-            side = 0 if name.startswith("q") else 1
-            first, length = sum(call.lengths[side][:index]), call.lengths[side][index]
-            if tensor.shape[0] != sum(call.lengths[side]):
-                first = 0  # a row for each position
-            parts[name] = tensor[None, first : first + length].double()
-        out, lse = flash_bias_func(**parts, **switches, return_lse=True)
-        outs.append(out[0])
-        lses.append(lse[0])
-    return torch.cat(outs), torch.cat(lses, 1)
+@pytest.mark.parametrize("names", SUBSETS, ids="+".join)
+def test_every_subset_of_gradients(names: tuple[str, ...]) -> None:
+    """Whichever inputs want a gradient get it, and the others get none."""
+    assert_solved(packed(positional="q", causal="top_left"), names)
 
 
-def attend(call: Ragged) -> tuple[Tensor, Tensor]:
-    """Returns O and LSE of the call."""
-    return flash_bias_varlen_func(**call.arguments, return_lse=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 0},
+        {"lengths": SAME, "causal": True, "positional": "qk"},
+        {"lengths": ((6,), (8,)), "positional": ""},
+        {"lengths": ((1, 1, 1), (5, 2, 9))},
+        {"lengths": ((0, 0), (3, 2)), "positional": ""},
+        {"lengths": ((3, 2), (0, 0)), "positional": ""},
+        {"heads": 3, "kv_heads": 3, "factor_heads": (3, 1), "window": (0, 0), "causal": "bottom_right"},
+        {"dtype": torch.float32, "factor_dtype": torch.float64},
+        {"dtype": torch.bfloat16, "rank": 0},
+        {"dtype": torch.float16, "factor_dtype": torch.float32, "positional": "qk"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_call(changes: dict[str, Any]) -> None:
+    """No bias, single sequences, decoding, only empty sequences on one side, factors of another dtype, 16-bit inputs."""
+    tolerances = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}
+    assert_solved(packed(**changes), tolerance=tolerances.get(changes.get("dtype", torch.float64), 1e-9))
 
 
-def assert_right(call: Ragged, tolerance: float = 1e-12, run: Callable[[Ragged], Any] = attend) -> None:
-    """Asserts that O, LSE and the wanted gradients through both are those of the sequences alone."""
-    found, expected = run(call), one_by_one(call)
-    upstream = [gradient_like(each, seed).double() for seed, each in enumerate(expected)]
-    narrow = [given.to(each.dtype) for given, each in zip(upstream, found, strict=True)]
-    leaves = list(call.wanting().values())
-    gradients = torch.autograd.grad(found, leaves, narrow) if leaves else ()
-    truths = torch.autograd.grad(expected, leaves, [each.double() for each in narrow]) if leaves else ()
-    for value, right in zip((*found, *gradients), (*expected, *truths), strict=True):
-        assert value.shape == right.shape
-        torch.testing.assert_close(value.double(), right.double(), rtol=tolerance, atol=tolerance)
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        assert gradient.dtype == leaf.dtype
+def test_gradcheck() -> None:
+    """All five gradients agree with finite differences of O and LSE in fp64."""
+    call = packed(((2, 0, 3), (3, 2, 1)), rank=2, dims=(3, 2), causal="bottom_right", window=(2, 0)).wanting()
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = attend(replace(call, **dict(zip(NAMES, tensors, strict=True))))
+        return out, lse.masked_fill(lse == -math.inf, 0.0)
+
+    assert torch.autograd.gradcheck(function, tuple(call.inputs().values()))
 
 
-class TestByEager:
-    """On a CPU in fp32 and fp64."""
-
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
-    @pytest.mark.parametrize("window", [(-1, -1), (2, 1), (0, -1), (-1, 0)])
-    def test_each_sequence_is_as_if_alone(self, layout: str, causal: Any, window: tuple[int, int]) -> None:
-        """Bands are aligned in each sequence, factors are read from its rows or from their start."""
-        assert_right(made(layout, causal=causal, window_size=window, softmax_scale=0.4).leaves())
-
-    @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
-    def test_every_subset_of_gradients(self, names: tuple[str, ...]) -> None:
-        """Whichever inputs want gradients get theirs, and no others."""
-        assert_right(made("k", causal="bottom_right").leaves(names))
-
-    @pytest.mark.parametrize("heads", [(4, 2, 1, 1), (6, 3, 6, 6), (3, 1, 3, 3), (2, 2, 1, 2)], ids=str)
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_heads_are_shared_as_in_dense_calls(self, heads: tuple[int, int, int, int], layout: str) -> None:
-        """Grouped queries, and factors of one head, of each key head or of each query head."""
-        assert_right(made(layout, heads=heads).leaves())
-
-    @pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.float32, torch.float64)], ids=str)
-    def test_other_dtypes(self, dtypes: tuple[torch.dtype, torch.dtype | None]) -> None:
-        """fp32 inputs, and factors wider than them, keep their own dtype's gradients."""
-        assert_right(made("q", dtype=dtypes[0], factor_dtype=dtypes[1]).leaves(), tolerance=1e-4)
-
-    def test_causal_true_is_top_left_where_lengths_are_the_same(self) -> None:
-        """One tensor for both sides, or equal totals and largest lengths, need no choice."""
-        call = made("qk", EQUAL, causal=True).leaves()
-        assert_right(call)
-        both = call.bounds(0)
-        shared = call.arguments | {"cu_seqlens_q": both, "cu_seqlens_k": both, "max_seqlen_k": 12}
-        shared |= {"k_bias": None, "q_bias": None}
-        plain = call.arguments | {"k_bias": None, "q_bias": None}
-        assert torch.equal(flash_bias_varlen_func(**shared), flash_bias_varlen_func(**plain))
-
-    def test_one_sequence_that_has_all_tokens_is_never_ambiguous(self) -> None:
-        """A row for each token and a row for each position are the same there."""
-        assert_right(made(lengths=((9,), (11,)), causal="bottom_right").leaves())
-
-    @pytest.mark.parametrize("lengths", [((0, 0), (4, 1)), ((3, 2), (0, 0)), ((), ())], ids=str)
-    def test_without_queries_keys_or_sequences(self, lengths: Any) -> None:
-        """O is 0 and LSE -inf where there is no key, and every gradient is zero and has its input's shape."""
-        call = made(lengths=lengths) if lengths[0] else made(lengths=((0,), (0,)))
-        tensors = {name: each for name, each in call.leaves().tensors.items() if "bias" not in name}
-        bounds = {"cu_seqlens_q": call.bounds(0), "cu_seqlens_k": call.bounds(1)}
-        if not lengths[0]:
-            bounds = {name: each[:1] for name, each in bounds.items()}
-        out, lse = flash_bias_varlen_func(**tensors, **bounds, max_seqlen_q=4, max_seqlen_k=4, return_lse=True)
-        assert out.shape == (tensors["q"].shape[0], 4, 5)
-        assert bool((out == 0).all())
-        assert bool((lse == -math.inf).all())
-        for leaf, gradient in zip(
-            tensors.values(), torch.autograd.grad(out.sum(), list(tensors.values())), strict=True
-        ):
-            assert torch.equal(gradient, torch.zeros_like(leaf))
-
-    @pytest.mark.parametrize("which", [0, 1], ids=["O", "LSE"])
-    def test_one_result_is_enough(self, which: int) -> None:
-        """A loss of O alone or of LSE alone gives the gradients that it gives each sequence."""
-        call = made("k").leaves()
-        seen = [each[which] for each in (attend(call), one_by_one(call))]
-        alive = seen[1].isfinite()
-        found, expected = (
-            torch.autograd.grad(each[alive].square().sum(), list(call.wanting().values()), allow_unused=True)
-            for each in seen
-        )
-        for name, value, right in zip(call.wanting(), found, expected, strict=True):
-            torch.testing.assert_close(value, torch.zeros_like(call.tensors[name]) if right is None else right)
-
-    def test_gradcheck(self) -> None:
-        """All five gradients agree with finite differences."""
-        call = made("k", ((2, 1), (3, 2)), (2, 1, 2, 1), causal="bottom_right").leaves()
-        rest = {name: each for name, each in call.arguments.items() if name not in NAMES}
-
-        def run(*tensors: Tensor) -> Any:
-            return flash_bias_varlen_func(**dict(zip(NAMES, tensors, strict=True)), **rest, return_lse=True)  # type: ignore[arg-type]
-
-        assert torch.autograd.gradcheck(run, tuple(call.tensors[name] for name in NAMES))
-
-    def test_double_backward_is_refused_by_name(self) -> None:
-        """The gradient itself is available with create_graph=True; its derivative is refused with a way round."""
-        call = made().leaves()
-        (gradient,) = torch.autograd.grad(attend(call)[0].sum(), call.tensors["q"], create_graph=True)
-        with pytest.raises(UnsupportedError, match=r"double backward of flash_bias_varlen_func.*scaled_dot_product"):
-            gradient.sum().backward()
+def test_queries_without_keys_give_zero_and_pass_nothing_on() -> None:
+    """O is 0 and LSE -inf where a sequence has no keys, and whatever comes back there moves no gradient."""
+    call = packed(dtype=torch.float32)
+    out, lse = attend(call)
+    first, last = 5, 12  # the seven queries of the third sequence
+    assert not out[first:last].any()
+    assert bool((lse[:, first:last] == -math.inf).all())
+    assert lse.dtype == torch.float32
+    dout, dlse = upstream_of(call)
+    found = solve(call, (dout, dlse.masked_fill(lse == -math.inf, math.inf)))
+    expected = solve(call, (dout, dlse))
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+    assert not found["q"][first:last].any()
 
 
-@pytest.mark.skipif(not interpreting(), reason="runs kernels in Triton's interpreter (TRITON_INTERPRET=1)")
-class TestThroughKernels:
-    """Through the launcher, with the default configs of each kernel."""
-
-    @pytest.fixture(autouse=True)
-    def defaults(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """Tunes nothing: what is tested is what stands between the call and the kernels."""
-
-        def make(shape: Shape, seen: Band, device: DeviceInfo, _: Any) -> plans.Plan:
-            found = problem(shape, device, seen)
-            configs = {kernel: space.default(kernel, found, device) for kernel in ATTENTION.kernels(found)}
-            binaries = {kernel: compile_kernel(kernel, each, found, device) for kernel, each in configs.items()}
-            return plans.Plan(binaries, found.layout == "aligned")
-
-        monkeypatch.setattr(plans, "_make_plan", make)
-        plans.forget()
-        yield
-        plans.forget()
-
-    @pytest.mark.parametrize(
-        ("layout", "changes"),
-        [
-            ("k", {"causal": "bottom_right", "window_size": (3, -1)}),
-            ("q", {"factor_dtype": torch.float32, "heads": (2, 1, 1, 2)}),
-            ("qk", {"heads": (2, 1, 2, 1)}),
-        ],
-        ids=str,
+def test_equal_lengths_are_a_batch() -> None:
+    """Two sequences of the same lengths give what flash_bias_func gives for a batch of two."""
+    call = packed(((6, 6), (9, 9)), positional="qk", factor_heads=(4, 4), causal="bottom_right", window=(3, 0))
+    assert call.q_bias is not None
+    assert call.k_bias is not None
+    batch = [tensor.unflatten(0, (2, -1)) for tensor in (call.q, call.k, call.v)]
+    out, lse = flash_bias_func(
+        *batch, call.q_bias[None], call.k_bias[None], None, call.causal, call.scale, window_size=(3, 0), return_lse=True
     )
-    def test_what_the_launcher_gives_is_right(self, layout: str, changes: dict[str, Any]) -> None:
-        """Packing, sums over sequences and over heads, dtypes and shapes of all gradients, and LSE's own gradient."""
-        assert_right(made(layout, dtype=torch.float16, **changes).leaves(), tolerance=2e-2)
+    found, found_lse = attend(call)
+    torch.testing.assert_close(found, out.flatten(0, 1))
+    torch.testing.assert_close(found_lse, lse.transpose(0, 1).flatten(1))
 
-    def test_rows_of_any_strides(self) -> None:
-        """Inputs may be slices and expanded: they are read as they lie, or copied."""
-        call = made("k", heads=(2, 2, 2, 1), dtype=torch.float16)
-        wide = {name: torch.cat([each, each], -1)[..., 1 : 1 + each.shape[-1]] for name, each in call.tensors.items()}
-        wide["k"] = call.tensors["k"][:1].expand_as(call.tensors["k"])
-        assert_right(replace(call, tensors=wide).leaves(()), tolerance=2e-2)
 
-    def test_a_length_may_be_less_than_the_largest(self) -> None:
-        """A larger ``max_seqlen`` than needed changes nothing but speed."""
-        call = made(heads=(1, 1, 1, 1), dtype=torch.float16)
-        more = call.arguments | {"max_seqlen_q": 70, "max_seqlen_k": 9}
-        torch.testing.assert_close(flash_bias_varlen_func(**more), attend(call)[0], rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("which", [0, 1], ids=["O", "LSE"])
+def test_one_result_is_enough(which: int) -> None:
+    """A loss of O alone or of LSE alone gives the same as with zeros for the other's upstream gradient."""
+    call = packed(causal="top_left").wanting()
+    upstreams = [torch.zeros_like(each) for each in upstream_of(call)]
+    upstreams[which] = upstream_of(call)[which]
+    found = torch.autograd.grad(attend(call)[which], list(call.inputs().values()), upstreams[which])
+    expected = dense(call, (upstreams[0], upstreams[1]))
+    for name, gradient in zip(call.inputs(), found, strict=True):
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_switches_change_nothing() -> None:
+    """Without return_lse comes O alone; deterministic, a larger max_seqlen and other strides give the same numbers."""
+    call = packed(positional="")
+    expected, _ = attend(call)
+    arguments = list(call.arguments)
+    assert torch.equal(flash_bias_varlen_func(*arguments, deterministic=True), expected)
+    arguments[5:7] = 17, np.int64(12)
+    arguments[0] = call.q.transpose(0, 2).contiguous().transpose(0, 2)
+    torch.testing.assert_close(flash_bias_varlen_func(*arguments), expected)
+    with torch.no_grad():
+        assert attend(call.wanting())[0].grad_fn is None
 
 
 class TestTracing:
-    """Calls that something else must see as one op."""
+    """Where PyTorch traces, the call is one registered op."""
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_compiled_whole(self, layout: str) -> None:
-        """torch.compile takes the call without a graph break, with the right results and gradients."""
+    @pytest.mark.parametrize("names", [(), ("q",), ("v", "k_bias"), NAMES], ids=str)
+    def test_compiled_whole(self, names: tuple[str, ...]) -> None:
+        """torch.compile takes forward and backward in one graph each, and the gradients are right."""
         torch._dynamo.reset()
-        traced = torch.compile(flash_bias_varlen_func, fullgraph=True, backend="aot_eager")
-        call = made(layout, causal="bottom_right").leaves()
-        assert_right(call, run=lambda each: traced(**each.arguments, return_lse=True))
+        function = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        call = packed(causal="bottom_right", window=(3, 0)).wanting(names)
+        upstream = upstream_of(call)
+        results, expected = function(call), dense(call, upstream)
+        leaves = {name: tensor for name, tensor in call.inputs().items() if tensor.requires_grad}
+        found = torch.autograd.grad(results, list(leaves.values()), upstream) if leaves else ()
+        for name, value in zip(("out", "lse", *leaves), (*results, *found), strict=True):
+            torch.testing.assert_close(value, expected[name])
 
-    def test_compiled_for_any_number_of_tokens(self) -> None:
-        """The dynamic graph of the first call serves other totals, numbers of sequences and lengths."""
+    def test_compiled_for_any_length(self) -> None:
+        """With dynamic shapes one graph serves other lengths, other sums of them and other largest lengths."""
+        torch._dynamo.reset()
+        calls = [
+            packed(lengths, positional="k", causal="bottom_right")
+            for lengths in (((6, 0, 10, 2, 1, 1), (9, 5, 0, 3, 1, 4)), ((8, 3, 2), (11, 3, 5)), ((4, 6), (12, 1)))
+        ]
         counter = CompileCounterWithBackend("aot_eager")
-        torch._dynamo.reset()
-        traced = torch.compile(flash_bias_varlen_func, fullgraph=True, backend=counter, dynamic=True)
+        function = torch.compile(flash_bias_varlen_func, fullgraph=True, dynamic=True, backend=counter)
         counts = []
-        for lengths in (LENGTHS, ((6, 2, 9), (4, 8, 7)), ((3, 3, 2, 8, 4, 2), (5, 2, 3, 7, 9, 2))):
-            call = made(lengths=lengths, causal="bottom_right").leaves()
-            assert_right(call, run=lambda each: traced(**each.arguments, return_lse=True))
+        for call in calls:
+            leaf = call.wanting(("q", "k_bias"))
+            found, expected = (each(*leaf.arguments) for each in (function, flash_bias_varlen_func))
+            torch.testing.assert_close(found, expected)
+            gradients = [torch.autograd.grad(each.sum(), [leaf.q, leaf.k_bias]) for each in (found, expected)]
+            torch.testing.assert_close(*gradients)
             counts.append(counter.frame_count)
         assert counts[0] > 0
         assert len(set(counts)) == 1
 
     def test_ops_are_registered_right(self) -> None:
-        """Both ops pass PyTorch's own checks: schema, fake implementation, autograd, dynamic shapes."""
-        call = made("k").leaves()
-        tensors, packed = self._arguments(call)
-        torch.library.opcheck(ops.varlen_forward, (*tensors, *packed, 3, 0, 0.3, [True] * 5))
-        tensors, _ = self._arguments(made("k"))
-        out, lse = ops.varlen_forward(*tensors, *packed, 3, 0, 0.3, [True] * 5)
-        for grads, dlse in (([True] * 5, gradient_like(lse)), ([False, True, False, True, False], None)):
-            arguments = (gradient_like(out), *tensors, *packed[:2], out, lse, *packed[2:], 3, 0, 0.3, grads, dlse)
+        """PyTorch's own checks of schema, fakes and autograd pass for both ops."""
+        call = packed(causal="bottom_right").wanting()
+        bounds = (call.bounds("q"), call.bounds("k"))
+        rest = (max(call.lengths_q), max(call.lengths_k), True, None, 0, 0.3)
+        tensors = tuple(call.inputs().values())
+        torch.library.opcheck(ops.varlen_forward, (*tensors, *bounds, *rest, [True] * 5))
+        out, lse = ops.varlen_forward(*tensors, *bounds, *rest, [True] * 5)
+        plain = tuple(tensor.detach() for tensor in tensors)
+        for grads in ([True] * 5, [False, True, False, True, False]):
+            arguments = (torch.ones_like(out), *plain, *bounds, out.detach(), lse.detach(), *rest, grads, None)
             torch.library.opcheck(ops.varlen_backward, arguments)
 
-    def test_fake_results_are_like_real_ones(self) -> None:
-        """Shape, stride and dtype of results and gradients are known without running anything."""
-        tensors, packed = self._arguments(made("q", dtype=torch.float32))
-
-        def shapes(*given: Any) -> list[Any]:
-            rest = (*packed[2:], None, 0, 0.3, [True, False, True, True, True])
-            out, lse = ops.varlen_forward(*given, *rest)
-            found = ops.varlen_backward(out, *given, out, lse, *rest, lse)
-            return [(each.shape, each.stride(), each.dtype) for each in (out, lse, *found)]
-
-        real = shapes(*tensors, *packed[:2])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+    def test_fake_results_are_like_real_ones(self, dtype: torch.dtype) -> None:
+        """A fake tensor's results have the shapes, strides and dtypes of real ones."""
+        call = packed(dtype=dtype)
+        real = attend(call)
         with FakeTensorMode() as mode:
-            assert shapes(*[mode.from_tensor(each) for each in (*tensors, *packed[:2])]) == real
+            fake = replace(call, **{name: mode.from_tensor(tensor) for name, tensor in call.inputs().items()})
+            found = attend(fake)
+        for one, other in zip(found, real, strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
-    @staticmethod
-    def _arguments(call: Ragged) -> tuple[list[Tensor], Sequences]:
-        lengths = map(max, call.lengths)
-        packed = Sequences(call.bounds(0), call.bounds(1), *lengths, shifted=True)
-        return [call.tensors[name] for name in NAMES], packed
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_double_backward_is_refused_by_name(self, traced: bool) -> None:
+        """The gradient itself is available with create_graph=True; its derivative is refused with a way round."""
+        call = packed().wanting()
+        arguments = (*call.inputs().values(), call.bounds("q"), call.bounds("k"))
+        rest = (max(call.lengths_q), max(call.lengths_k), False, None, None, 0.3)
+        out, _ = ops.varlen_forward(*arguments, *rest, [True] * 5) if traced else attend(call)
+        (gradient,) = torch.autograd.grad(out.sum(), call.q, create_graph=True)
+        with pytest.raises(UnsupportedError, match=r"double backward of flash_bias_varlen_func.*scaled_dot_product"):
+            gradient.sum().backward()
+
+    def test_func_transforms_are_refused_by_name(self) -> None:
+        """torch.func sees no kernel, and says so."""
+        call = packed()
+        with pytest.raises(UnsupportedError, match=r"torch\.func"):
+            torch.func.grad(lambda q: attend(replace(call, q=q))[0].sum())(call.q)
 
 
-BAD_BOUNDS = {
-    "not from 0": [1, 5, 12, 15, 17],
-    "not to the end": [0, 5, 12, 15, 16],
-    "falling": [0, 12, 5, 15, 17],
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Returns named arguments of a valid call of three sequences, some exchanged."""
+    call: Packed = packed(((5, 0, 7), (9, 4, 2)), dtype=torch.float32, positional="k")
+    given: dict[str, Any] = {
+        **call.inputs(),
+        "cu_seqlens_q": call.bounds("q"),
+        "cu_seqlens_k": call.bounds("k"),
+        "max_seqlen_q": 7,
+        "max_seqlen_k": 9,
+    }
+    return given | changes
+
+
+zeros = torch.zeros
+ints = torch.tensor
+WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "not a tensor": ({"q": [1.0]}, ["q", "a tensor (Tq, H, D)", "list"]),
+    "four dims": ({"q": zeros(1, 12, 4, 8)}, ["q", "3 dims (Tq, H, D)", "(1, 12, 4, 8)", "flash_bias_func"]),
+    "integer q": ({"q": zeros(12, 4, 8).int()}, ["q", "float16, bfloat16 or float32", "int32"]),
+    "mixed dtypes": ({"k": zeros(15, 2, 8).half()}, ["k", "float32 as q", "float16", "k.to(q.dtype)"]),
+    "device": ({"v": zeros(15, 2, 5, device="meta")}, ["v", "cpu as q", "meta"]),
+    "heads of k": ({"k": zeros(15, 3, 8)}, ["k", "4 heads (dim 1) as in q, or a divisor", "3 in shape (15, 3, 8)"]),
+    "heads of v": ({"v": zeros(15, 4, 5)}, ["v", "heads (dim 1) 2 as in k", "4 in shape"]),
+    "head dim of k": ({"k": zeros(15, 2, 7)}, ["k", "head dim (dim 2) 8 as in q", "7 in shape"]),
+    "no head dim": ({"v": zeros(15, 2, 0)}, ["v", "from 1 to 256", "(15, 2, 0)"]),
+    "tokens of v": ({"v": zeros(14, 2, 5)}, ["v", "tokens (dim 0) 15 as in k", "14 in shape"]),
+    "lengths as a list": ({"cu_seqlens_q": [0, 5, 12]}, ["cu_seqlens_q", "an int32 tensor (B + 1,)", "list"]),
+    "lengths in int64": ({"cu_seqlens_k": ints([0, 9, 13, 15])}, ["cu_seqlens_k", "int32", "int64", ".int()"]),
+    "lengths of two dims": ({"cu_seqlens_q": zeros(1, 4).int()}, ["cu_seqlens_q", "one dim, (B + 1,)", "(1, 4)"]),
+    "lengths elsewhere": ({"cu_seqlens_q": zeros(4, device="meta").int()}, ["cu_seqlens_q", "cpu as q", "meta"]),
+    "no bounds": ({"cu_seqlens_q": zeros(0).int()}, ["cu_seqlens_q", "one dim", "(0,)"]),
+    "another number of sequences": (
+        {"cu_seqlens_k": ints([0, 9, 15]).int()},
+        ["cu_seqlens_k", "4 as in cu_seqlens_q", "3 in shape"],
+    ),
+    "bounds from one": ({"cu_seqlens_q": ints([1, 5, 5, 12]).int()}, ["cu_seqlens_q", "start at 0", "1 … 12"]),
+    "bounds to less": ({"cu_seqlens_q": ints([0, 5, 5, 11]).int()}, ["cu_seqlens_q", "end at 12", "0 … 11"]),
+    "bounds to more": ({"cu_seqlens_k": ints([0, 9, 13, 16]).int()}, ["cu_seqlens_k", "end at 15", "0 … 16"]),
+    "bounds that fall": ({"cu_seqlens_q": ints([0, 7, 5, 12]).int()}, ["cu_seqlens_q", "never fall", "7, 5 at 1"]),
+    "largest length as a tensor": ({"max_seqlen_q": ints(7)}, ["max_seqlen_q", "a Python int", "Tensor", "wait"]),
+    "largest length as a bool": ({"max_seqlen_k": True}, ["max_seqlen_k", "a Python int", "True (bool)"]),
+    "negative largest length": ({"max_seqlen_k": -1}, ["max_seqlen_k", "a Python int", "-1"]),
+    "largest length too small to hold all": ({"max_seqlen_q": 3}, ["max_seqlen_q", "at least 12 tokens over 3", "3"]),
+    "largest length below the longest": ({"max_seqlen_q": 6}, ["max_seqlen_q", "at least 7", "6"]),
+    "q_bias alone": ({"k_bias": None}, ["both or none", "q_bias without k_bias"]),
+    "k_bias alone": ({"q_bias": None}, ["both or none", "k_bias without q_bias"]),
+    "rows of q_bias": ({"q_bias": zeros(9, 4, 3)}, ["q_bias", "12 rows (dim 0)", "max_seqlen_q = 7", "9 in shape"]),
+    "dims of q_bias": ({"q_bias": zeros(1, 12, 4, 3)}, ["q_bias", "3 dims", "(1, 12, 4, 3)"]),
+    "heads of k_bias": ({"k_bias": zeros(9, 3, 3)}, ["k_bias", "1 or 2 or 4 heads (dim 1)", "3 in shape"]),
+    "heads of q_bias": ({"q_bias": zeros(12, 2, 3)}, ["q_bias", "1 or 4 heads (dim 1)", "2 in shape"]),
+    "rank of k_bias": ({"k_bias": zeros(9, 2, 2)}, ["k_bias", "rank (dim 2) 3 as in q_bias", "2 in shape"]),
+    "no rank": ({"q_bias": zeros(12, 4, 0), "k_bias": zeros(9, 2, 0)}, ["q_bias", "at least 1", "None"]),
+    "factors of two dtypes": ({"k_bias": zeros(9, 2, 3).double()}, ["k_bias", "float32 as q_bias", "float64"]),
+    "narrower factor": ({"q_bias": zeros(12, 4, 3).half()}, ["q_bias", "float32", "float16"]),
+    "rows of tokens or of positions": (
+        {"max_seqlen_q": 12},
+        ["q_bias", "max_seqlen_q below the 12 tokens", "max_seqlen_q = 12 for 3", "longest"],
+    ),
+    "causal of unequal lengths": ({"causal": True}, ["causal", '"top_left" or "bottom_right"', "True", "cache"]),
+    "causal misspelt": ({"causal": "top-left"}, ["causal", '"top_left"', "'top-left' (str)"]),
+    "causal by number": ({"causal": 1}, ["causal", "True, False", "1 (int)"]),
+    "window by one number": ({"window_size": 4}, ["window_size", "(left, right)", "4 (int)"]),
+    "scale": ({"softmax_scale": math.nan}, ["softmax_scale", "finite", "nan"]),
+    "precision by a wrong name": ({"precision": "tf33"}, ["precision", "ieee, tf32x3, tf32", "'tf33'"]),
+}
+UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "dropout": ({"dropout_p": 0.1}, ["dropout_p", "0.1"]),
+    "wide heads": ({"v": zeros(15, 2, 257)}, ["v", "at most 256", "257"]),
+    "wide ranks": ({"q_bias": zeros(12, 4, 257), "k_bias": zeros(9, 2, 257)}, ["q_bias", "at most 256", "257"]),
 }
 
 
-class TestWrongArguments:
-    """Each says what was expected and what came."""
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_say_what_to_do(name: str) -> None:
+    """Each mistake is an ArgumentError that names the argument, what was expected, what came and often the cure."""
+    changes, words = WRONG[name]
+    with pytest.raises(ArgumentError) as caught:
+        flash_bias_varlen_func(**arguments(**changes))
+    assert [word for word in words if word not in str(caught.value)] == []
 
-    @pytest.mark.parametrize("values", BAD_BOUNDS.values(), ids=BAD_BOUNDS)
-    def test_values_of_cu_seqlens(self, values: list[int]) -> None:
-        """On a CPU the bounds themselves are checked."""
-        call = made(lengths=((5, 7, 3, 2), (5, 7, 3, 2)))
-        wrong = call.arguments | {"cu_seqlens_k": torch.tensor(values, dtype=torch.int32)}
-        with pytest.raises(ArgumentError, match="cu_seqlens_k: expected numbers that start at 0"):
-            flash_bias_varlen_func(**wrong)
 
-    def test_a_sequence_longer_than_the_largest(self) -> None:
-        """A ``max_seqlen`` that one sequence exceeds is refused where that can be seen."""
-        with pytest.raises(ArgumentError, match="max_seqlen_q: expected at least 7"):
-            flash_bias_varlen_func(**(made().arguments | {"max_seqlen_q": 6}))
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_cannot_be_computed_is_refused_by_name(name: str) -> None:
+    """A sensible call beyond this version is an UnsupportedError."""
+    changes, words = UNSUPPORTED[name]
+    with pytest.raises(UnsupportedError) as caught:
+        flash_bias_varlen_func(**arguments(**changes))
+    assert [word for word in words if word not in str(caught.value)] == []
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"q": torch.zeros(1, 17, 4, 8)}, r"q: expected 3 dims \(Tq, H, D\)"),
-            ({"q": 3}, "q: expected a tensor"),
-            ({"k": normal(14, 3, 8)}, "k: expected 4 heads"),
-            ({"k": normal(14, 2, 9)}, "k: expected head dim"),
-            ({"k": normal(14, 2, 8).float()}, "k: expected float64 as q"),
-            ({"v": normal(13, 2, 5)}, "v: expected tokens"),
-            ({"v": normal(14, 2, 0)}, "v: expected a head dim"),
-            ({"cu_seqlens_q": [0, 17]}, "cu_seqlens_q: expected an int32 tensor"),
-            ({"cu_seqlens_q": torch.tensor([0, 5, 5, 12, 15, 17])}, "cu_seqlens_q: expected dtype int32"),
-            ({"cu_seqlens_q": torch.zeros(2, 3, dtype=torch.int32)}, "cu_seqlens_q: expected one dim"),
-            ({"cu_seqlens_k": torch.tensor([0, 14], dtype=torch.int32)}, "cu_seqlens_k: expected number of sequences"),
-            ({"max_seqlen_q": 2}, "max_seqlen_q: expected at least 17 tokens over 5 sequences"),
-            ({"max_seqlen_q": torch.tensor(7)}, "max_seqlen_q: expected a length, a Python int"),
-            ({"max_seqlen_k": True}, "max_seqlen_k: expected a length"),
-            ({"max_seqlen_k": -1}, "max_seqlen_k: expected a length"),
-            ({"k_bias": None}, "q_bias and k_bias: expected both or none"),
-            ({"q_bias": normal(16, 4, 3)}, "q_bias: expected 17 rows .* or max_seqlen_q = 7"),
-            ({"q_bias": normal(17, 3, 3)}, "q_bias: expected 1 or 4 heads"),
-            ({"q_bias": normal(17, 4, 3).half()}, "q_bias: expected float64 as q"),
-            ({"q_bias": normal(17, 4, 3).float()}, "k_bias: expected float32 as q_bias"),
-            ({"k_bias": normal(14, 2, 4)}, "k_bias: expected rank"),
-            ({"max_seqlen_q": 17}, "q_bias: expected max_seqlen_q below the 17 tokens"),
-            ({"causal": True}, 'causal: expected "top_left" or "bottom_right" where q and k differ'),
-            ({"causal": "bottom"}, "causal: expected True, False"),
-            ({"window_size": 3}, "window_size: expected"),
-            ({"softmax_scale": math.nan}, "softmax_scale: expected a finite number"),
-            ({"return_lse": 1}, "return_lse: expected True or False"),
-        ],
-        ids=str,
-    )
-    def test_each_is_an_error_that_says_so(self, change: dict[str, Any], message: str) -> None:
-        """Shapes, dtypes, layouts that cannot be told apart, and switches."""
-        with pytest.raises(ArgumentError, match=message):
-            flash_bias_varlen_func(**(made().arguments | change))
 
-    def test_what_is_not_supported_is_named(self) -> None:
-        """Dropout, head dims and ranks beyond the largest."""
-        changes: list[tuple[dict[str, Any], str]] = [
-            ({"dropout_p": 0.1}, "dropout_p: expected 0"),
-            ({"v": normal(14, 2, 257)}, "v: expected a head dim .* of at most 256"),
-            ({"q_bias": normal(17, 1, 257), "k_bias": normal(14, 1, 257)}, "a rank of at most 256"),
-        ]
-        for change, message in changes:
-            with pytest.raises(UnsupportedError, match=message):
-                flash_bias_varlen_func(**(made().arguments | change))
+def test_a_mask_is_no_parameter() -> None:
+    """Padding is left out of the sequences instead."""
+    with pytest.raises(TypeError, match="mask"):
+        flash_bias_varlen_func(**arguments(), mask=zeros(1).bool())  # type: ignore[call-overload]
+
+
+def test_causal_true_is_plain_where_lengths_are_the_same() -> None:
+    """One tensor of bounds, or the same total and largest length, make True mean "top_left"."""
+    call = packed(SAME, positional="")
+    bounds = call.bounds("q")
+    expected = flash_bias_varlen_func(call.q, call.k, call.v, bounds, bounds.clone(), 9, 9, causal="top_left")
+    for other, largest in ((bounds, 11), (bounds.clone(), 9)):
+        found = flash_bias_varlen_func(call.q, call.k, call.v, bounds, other, 9, largest, causal=True)
+        torch.testing.assert_close(found, expected)

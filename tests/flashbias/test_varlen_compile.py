@@ -1,4 +1,4 @@
-"""Kernels of packed sequences compile without a GPU, and dense ones know nothing of them."""
+"""The kernels of packed sequences compile for GPUs that are not here; those of dense problems know nothing of them."""
 
 from __future__ import annotations
 
@@ -6,45 +6,48 @@ from dataclasses import replace
 
 import pytest
 
-from flashbias.kernels import space
+from flashbias.kernels import sequences, space
 from flashbias.kernels.arguments import compile_kernel
+from flashbias.kernels.binding import compile_binary
 from flashbias.kernels.problem import problem
+from flashbias.kernels.spec import ATTENTION
+from flashbias.kernels.varlen import sum_positions
 from tests.flashbias.test_compile import HOPPER, SHAPE, shared_memory
 
 pytestmark = pytest.mark.compile_only
-
-RAGGED = SHAPE.model_copy(update={"varlen": True, "grads": SHAPE.grads[:5]})
-KERNELS = ["forward", "backward_dq", "backward_dkdv"]
+PACKED = SHAPE.model_copy(update={"varlen": True, "grads": SHAPE.grads[:5]})
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_the_default_config_compiles_and_fits(kernel: str, capability: tuple[int, int]) -> None:
-    """Grouped heads, a window and exact factors, on Ampere and Hopper."""
+def test_default_configs_compile_and_fit(capability: tuple[int, int]) -> None:
+    """The ladder's last Triton rung exists for each kernel, and so does the sum over sequences."""
     device = replace(HOPPER, capability=capability, shared_memory=shared_memory(capability))
-    changes = {"nheads_kv": 2, "window": (100, 0), "factor_dtype": "float32", "rank": 2}
-    found = problem(RAGGED.model_copy(update=changes), device)
-    binary = compile_kernel(kernel, space.default(kernel, found, device), found, device)
-    assert len(binary.binary) == 64
-    assert int(binary.stats["shared"]) <= device.shared_memory
+    found = problem(PACKED, device)
+    assert "backward_mask" not in ATTENTION.kernels(found)
+    for kernel in ATTENTION.kernels(found):
+        binary = compile_kernel(kernel, space.default(kernel, found, device), found, device)
+        assert int(binary.stats["shared"]) <= device.shared_memory
+        assert "cu_seqlens_q_ptr" in binary.arguments
+    dtypes = {"": "float32", "cu_seqlens_ptr": "int32"}
+    options = {"num_warps": 4, "num_stages": 1}
+    blocks = sequences.CONSTANTS["summed blocks"]
+    summing = compile_binary(
+        sum_positions, dtypes=dtypes, aligned=False, constants=blocks, options=options, capability=capability
+    )
+    assert len(summing.binary) == 64
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_hopper_binaries_use_tensor_cores_and_bulk_copies(kernel: str) -> None:
-    """Programs that leave early keep the compiler from nothing."""
-    binary = compile_kernel(kernel, space.config(space.DESCRIPTORS, 64, 64, 4, 2), problem(RAGGED, HOPPER), HOPPER)
+@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkdv"])
+def test_sequences_keep_bulk_copies_and_tensor_cores(kernel: str) -> None:
+    """Descriptors made at a sequence's start are still TMA, and products wgmma, without spills."""
+    found = problem(PACKED.model_copy(update={"nheads_kv": 2, "dtype": "bfloat16"}), HOPPER)
+    binary = compile_kernel(kernel, space.config(space.DESCRIPTORS, 64, 64, 4, 2), found, HOPPER)
     assert "wgmma.mma_async" in binary.compiled.asm["ptx"]
     assert "cp.async.bulk.tensor" in binary.compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_dense_kernels_take_no_argument_of_sequences(kernel: str) -> None:
-    """What a dense problem does not have is absent from its binary."""
-    dense, packed = (
-        compile_kernel(kernel, space.default(kernel, found, HOPPER), found, HOPPER)
-        for found in (problem(SHAPE, HOPPER), problem(RAGGED, HOPPER))
-    )
-    own = {"cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "sequence_facts"}
-    assert not own & set(dense.arguments)
-    assert own <= set(packed.arguments)
-    assert dense.binary != packed.binary
+def test_dense_kernels_have_no_trace_of_sequences() -> None:
+    """Without ``varlen`` the arguments are absent from the code, so that nothing is passed or loaded for them."""
+    found = problem(SHAPE, HOPPER)
+    binary = compile_kernel("forward", space.default("forward", found, HOPPER), found, HOPPER)
+    assert not {"cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "sequence_facts"} & set(binary.arguments)

@@ -1,264 +1,196 @@
-"""Packed sequences at real sizes on a GPU: default configs judged by the gate's own rule, and the gate's own proof."""
+"""Packed sequences at real sizes on a GPU, judged by the gate's own rule: default configs, then a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from autotune.device import DeviceInfo, describe
-from autotune.gate.accuracy import yardstick
-from autotune.sandbox import Sandbox
-from autotune.spec import Reference, Rule, Tensors
-from cache_db.models import Verdict
-from flashbias import factors, flash_bias_func, flash_bias_varlen_func, plans, reference
-from flashbias.band import Band, band
-from flashbias.kernels import sequences, space
-from flashbias.kernels.arguments import compile_kernel
-from flashbias.kernels.problem import GRADIENTS, Shape, problem
-from flashbias.kernels.spec import ATTENTION
+from flashbias import flash_bias_varlen_func, plans
+from flashbias.precision import PRECISIONS
+from flashbias.settings import settings
+from tests.flashbias.cases import NAMES
+from tests.flashbias.varlen_cases import Packed, assert_within_gate, attend, packed, solve, upstream_of
+from tests.gpu.test_features import defaults
 
-CUDA = torch.device("cuda")
-NAMES = GRADIENTS[:5]
-CROSS = (700, 0, 64, 1, 333), (901, 70, 0, 129, 65)
-SELF = (511, 1, 0, 129, 1024), (511, 1, 0, 129, 1024)
+__all__ = ["defaults"]
+CROSS = (777, 0, 130, 1, 64), (901, 333, 0, 1, 65)
+WHOLE = plans._make_plan  # as it is outside of the fixture ``defaults``
+SELF = (1025, 1, 0, 512, 77), (1025, 1, 0, 512, 77)
 
 
-@pytest.fixture
-def defaults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs every call with its default configs: what is tested here are the kernels, not the tuner."""
-
-    def make(shape: Shape, seen: Band, device: DeviceInfo, _: Any) -> plans.Plan:
-        found = problem(shape, device, seen)
-        configs = {kernel: space.default(kernel, found, device) for kernel in ATTENTION.kernels(found)}
-        binaries = {kernel: compile_kernel(kernel, each, found, device).load() for kernel, each in configs.items()}
-        return plans.Plan(binaries, found.layout == "aligned")
-
-    monkeypatch.setattr(plans, "_make_plan", make)
-    plans.forget()
-    yield
-    plans.forget()
+def call_of(lengths: Any = CROSS, dtype: torch.dtype = torch.bfloat16, **how: Any) -> Packed:
+    """Returns a call on the GPU."""
+    sizes: dict[str, Any] = {"rank": 8, "dims": (64, 64)} | how
+    return packed(lengths, dtype=dtype, device="cuda", **sizes)
 
 
-def tensors(
-    lengths: tuple[tuple[int, ...], tuple[int, ...]],
-    layout: str = "",
-    nheads: int = 4,
-    headdim: int = 64,
-    *,
-    nheads_kv: int | None = None,
-    factor_heads: tuple[int, int] | None = None,
-    rank: int = 8,
-    dtype: torch.dtype = torch.bfloat16,
-    factor_dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Returns leaves that want gradients, well-conditioned as the gate's inputs are; ``layout`` names positional sides."""
-    generator = torch.Generator(CUDA).manual_seed(11)
-
-    def normal(*shape: int, size: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=CUDA) * size).to(kind).requires_grad_()
-
-    rows, keys = map(sum, lengths)
-    kv, heads, kind = nheads_kv or nheads, factor_heads or (nheads, nheads), factor_dtype or dtype
-    return {
-        "q": normal(rows, nheads, headdim, size=0.5),
-        "k": normal(keys, kv, headdim),
-        "v": normal(keys, kv, headdim),
-        "q_bias": normal(max(lengths[0]) if "q" in layout else rows, heads[0], rank, size=0.5 * rank**-0.25, kind=kind),
-        "k_bias": normal(max(lengths[1]) if "k" in layout else keys, heads[1], rank, size=rank**-0.25, kind=kind),
-    }
-
-
-def packed(lengths: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[str, Any]:
-    """Returns the arguments that say where sequences begin and how long they are."""
-    bounds = [torch.tensor([0, *each], device=CUDA).cumsum(0).int() for each in lengths]
-    longest = [max(each) for each in lengths]
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    return dict(zip(names, (*bounds, *longest), strict=True))
-
-
-def run(given: dict[str, Tensor], lengths: Any, upstream: tuple[Tensor, Tensor] | None = None, **how: Any) -> Tensors:
-    """Returns O, LSE and all gradients by the reference's names; ``upstream`` are the gradients of O and LSE."""
-    found = flash_bias_varlen_func(**given, **packed(lengths), return_lse=True, **how)
-    gradients = torch.autograd.grad(found, list(given.values()), upstream or [torch.ones_like(each) for each in found])
-    return {"out": found[0], "lse": found[1]} | {f"d{name}": each for name, each in zip(given, gradients, strict=True)}
-
-
-def answers(part: Tensors, seen: Band, dtype: torch.dtype) -> tuple[dict[str, Reference], Tensors]:
-    """Returns the fp64 answers of one sequence, and those of the ideal 16-bit kernel."""
-    call = (*(part[name] for name in NAMES), None, seen, part["q"].shape[3] ** -0.5)
-    dout, dlse = part["dout"], part["dlse"]
-    out, lse = reference.forward(*call, compute_dtype=torch.float64)
-    right = reference.backward(dout, *call, out, lse, compute_dtype=torch.float64, dlse=dlse)
-    sizes = reference.magnitudes(dout, *call, out, lse, compute_dtype=torch.float64, dlse=dlse)
-    best, best_lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
-    yards = reference.backward(
-        dout, *call, best, best_lse, compute_dtype=torch.float32, round_to=dtype, recentre=True, dlse=dlse
-    )
-    true = {"out": Reference(out, sizes.out), "lse": Reference(lse)}
-    ideal = {"out": best, "lse": best_lse}
-    for name, value, size, yard in zip(right._fields, right, sizes[1:], yards, strict=True):
-        if value is not None and yard is not None:
-            true[name], ideal[name] = Reference(value, size), yard
-    return true, ideal
-
-
-def judge(given: dict[str, Tensor], lengths: Any, **how: Any) -> None:
+def judge(call: Packed, precision: str | None = None) -> None:
     """Runs the call forward and backward and holds O, LSE and every gradient to the gate's budget."""
-    generator = torch.Generator(CUDA).manual_seed(5)
-    rows, nheads = given["q"].shape[:2]
-    dout = torch.randn(rows, nheads, given["v"].shape[2], generator=generator, device=CUDA).to(given["q"].dtype)
-    dlse = torch.randn(nheads, rows, generator=generator, device=CUDA)
-    found = run(given, lengths, (dout, dlse), **how)
-    inputs = {name: each.detach()[None] for name, each in (given | {"dout": dout, "dlse": dlse}).items()}
-    inputs |= {f"cu_seqlens_{side}": packed(lengths)[f"cu_seqlens_{side}"] for side in "qk"}
-    causal = how.get("causal", False)
-    true, ideal = [], []
-    for part in sequences.split(inputs | {"longest": dout}):
-        seen = band(
-            True if causal == "top_left" else causal,
-            how.get("window_size", (-1, -1)),
-            part["q"].shape[1],
-            part["k"].shape[1],
-        )
-        for answer, group in zip(answers(part, seen, dout.dtype), (true, ideal), strict=True):
-            group.append(answer)
-    right, best = sequences.joined_references(true, inputs), sequences.joined(ideal, inputs)
-    for name, value in found.items():
-        rule = Rule("log") if name == "lse" else Rule("rows", 2.0 if name == "out" else 3.0)
-        stick = yardstick(name, rule, right[name], best[name], dout.dtype)
-        finding = stick.finding(stick.judge(value.detach()[None]).tolist())
-        assert finding.ratio <= 1, f"{name}: {finding}"
+    upstream = upstream_of(call)
+    found = solve(call, upstream, precision=precision)
+    for name, tensor in call.inputs().items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+    assert_within_gate(call, found, upstream, precision or "default")
 
 
-@pytest.mark.usefixtures("defaults")
-class TestWithDefaults:
-    """The kernels, not tuned."""
-
-    @pytest.mark.parametrize("layout", ["", "q", "k", "qk"])
-    @pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
-    def test_sequences_of_any_lengths(self, layout: str, causal: Any) -> None:
-        """Empty ones, single tokens, more queries than keys and fewer, factors of both layouts on each side."""
-        judge(tensors(CROSS, layout), CROSS, causal=causal)
-
-    @pytest.mark.parametrize("window", [(100, 0), (0, 0), (700, 37), (-1, 64), (128, -1)])
-    def test_windows(self, window: tuple[int, int]) -> None:
-        """Windows are aligned in each sequence, with grouped queries and k_bias by group."""
-        judge(tensors(CROSS, "k", 6, nheads_kv=2, factor_heads=(1, 2)), CROSS, window_size=window)
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("headdim", [20, 32, 128])
-    def test_head_dims(self, headdim: int, dtype: torch.dtype) -> None:
-        """Narrow, wide and unaligned heads."""
-        judge(tensors(SELF, "q", headdim=headdim, dtype=dtype), SELF)
-
-    def test_many_short_sequences(self) -> None:
-        """Three hundred sequences of less than a tile, whose factors' gradients are summed."""
-        lengths = tuple(1 + (37 * index) % 61 for index in range(300))
-        judge(tensors((lengths, lengths), "qk"), (lengths, lengths), causal="top_left")
-
-    def test_one_long_sequence_among_short_ones(self) -> None:
-        """Most programs belong to no row and leave."""
-        lengths = (5000, *[3] * 100)
-        judge(tensors((lengths, lengths), "k", 2), (lengths, lengths), causal="bottom_right")
-
-    def test_exact_factors(self) -> None:
-        """ALiBi by position in fp32: one table serves sequences of all lengths."""
-        given = tensors(SELF, dtype=torch.bfloat16)
-        length = max(SELF[0])
-        q_bias, k_bias = factors.alibi(given["q"].shape[1], length, device=CUDA)
-        given |= {"q_bias": q_bias[0].detach().requires_grad_(), "k_bias": k_bias[0].detach().requires_grad_()}
-        judge(given, SELF, causal="top_left")
-
-    def test_one_sequence_is_the_dense_call(self) -> None:
-        """Packed alone, a sequence gives what the dense call gives, within a rounding."""
-        lengths = ((1000,), (1000,))
-        given = {name: each.detach() for name, each in tensors(lengths).items()}
-        found = flash_bias_varlen_func(**given, **packed(lengths), causal=True)
-        expected = flash_bias_func(**{name: each[None] for name, each in given.items()}, causal=True)[0]
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
-
-    def test_gradients_repeat_bitwise(self) -> None:
-        """Sums over sequences use no atomics."""
-        given = tensors(CROSS, "qk")
-        first = run(given, CROSS)
-        for _ in range(5):
-            assert all(torch.equal(each, first[name]) for name, each in run(given, CROSS).items())
-
-    def test_nothing_waits_for_the_gpu(self) -> None:
-        """A warm call, forward and backward, makes no synchronising call."""
-        given, where = tensors(CROSS, "qk"), packed(CROSS)
-        run(given, CROSS, causal="bottom_right", window_size=(50, 0))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            out = flash_bias_varlen_func(**given, **where, causal="bottom_right", window_size=(50, 0))
-            out.backward(torch.ones_like(out))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    def test_a_captured_call_follows_new_lengths(self) -> None:
-        """A CUDA graph of forward and backward, replayed on other numbers and other lengths, is a fresh call on them."""
-        given, where = tensors(CROSS, "k"), packed(CROSS)
-        leaves = list(given.values())
-
-        def step() -> list[Tensor]:
-            out = flash_bias_varlen_func(**given, **where, causal="bottom_right")
-            return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        with torch.no_grad():
-            for leaf in leaves:
-                leaf.mul_(0.5)
-        for name, lengths in zip(
-            ("cu_seqlens_q", "cu_seqlens_k"), ((1, 0, 97, 700, 300), (129, 65, 70, 901, 0)), strict=True
-        ):
-            where[name].copy_(torch.tensor([0, *lengths]).cumsum(0).int())
-        graph.replay()
-        for found, expected in zip(captured, step(), strict=True):
-            assert torch.equal(found, expected)
-
-    def test_compiled(self) -> None:
-        """torch.compile's own code generator takes the call whole."""
-        given, where = tensors(CROSS, "k"), packed(CROSS)
-        compiled = torch.compile(flash_bias_varlen_func, fullgraph=True)
-        out = compiled(**given, **where, causal="bottom_right")
-        expected = flash_bias_varlen_func(**given, **where, causal="bottom_right")
-        assert torch.equal(out, expected)
-        found, right = (torch.autograd.grad(each.sum(), list(given.values())) for each in (out, expected))
-        assert all(torch.equal(*pair) for pair in zip(found, right, strict=True))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
+@pytest.mark.parametrize("positional", ["", "q", "k", "qk"])
+def test_lengths_that_differ(positional: str, causal: Any, dtype: torch.dtype) -> None:
+    """Empty sequences, single tokens, ends within a tile; factors of both layouts, grouped heads."""
+    judge(call_of(dtype=dtype, causal=causal, positional=positional))
 
 
-@pytest.mark.parametrize("variant", [space.POINTERS, space.DESCRIPTORS])
+@pytest.mark.parametrize("window", [(100, 0), (0, 0), (700, 37), (-1, 64), (513, -1)])
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
+def test_windows(causal: Any, window: tuple[int, int]) -> None:
+    """Any window, aligned in each sequence."""
+    judge(call_of(causal=causal, window=window))
+
+
 @pytest.mark.parametrize(
-    "changes",
+    "how",
     [
-        {"causal": True},
-        {"causal": False, "nheads_kv": 4, "window": (200, 0)},
-        {"causal": True, "factor_dtype": "float32", "rank": 2},
+        {"rank": 0},
+        {"dims": (128, 128), "causal": True},
+        {"dims": (40, 24), "rank": 12},
+        {"dims": (20, 20), "rank": 5},
+        {"dims": (256, 64), "rank": 100},
+        {"heads": 3, "kv_heads": 3, "factor_heads": (3, 1), "positional": "qk"},
+        {"heads": 8, "kv_heads": 1, "factor_heads": (1, 8)},
+        {"factor_dtype": torch.float32, "rank": 2, "positional": "qk"},
+        {"factor_dtype": torch.float32, "rank": 8, "factor_heads": (1, 1)},
     ],
     ids=str,
 )
-def test_the_gate_accepts_right_configs(variant: str, changes: dict[str, Any]) -> None:
-    """Every case, the poisoned and guarded buffers and the race screen pass for all kernels of packed sequences."""
-    device = describe(0)
-    if variant == space.DESCRIPTORS and device.capability < (9, 0):
-        pytest.skip("descriptors need compute capability 9.0")
-    base = {"batch": 4, "nheads": 8, "seqlen_q": 2048, "seqlen_k": 2048, "headdim": 64, "rank": 8}
-    shape = Shape(**(base | {"dtype": "bfloat16", "varlen": True, "grads": NAMES} | changes))  # type: ignore[arg-type]
-    found = problem(shape, device)
-    config = space.config(variant, 64, 64, 4, 2)
-    with Sandbox(found, device) as sandbox:
-        for kernel in ATTENTION.kernels(found):
-            through = dict.fromkeys(("forward", "backward_dq"), config)
-            outcome = sandbox.prove(kernel, config, through if kernel != "forward" else {}, 2, 5)
-            assert outcome.verdict is Verdict.SAFE, f"{kernel}: {outcome.reason}"
+def test_head_dims_ranks_and_factors(how: dict[str, Any]) -> None:
+    """Odd and wide head dims, no bias, shared heads, exact factors."""
+    judge(call_of(SELF, **how))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fp32(precision: str) -> None:
+    """fp32 inputs have kernels in each precision."""
+    judge(call_of(dtype=torch.float32, causal="bottom_right"), precision)
+
+
+@pytest.mark.parametrize("names", [("q",), ("v",), ("q_bias",), ("k_bias",), ("k", "q_bias")], ids="+".join)
+def test_single_gradients(names: tuple[str, ...]) -> None:
+    """Whatever is wanted alone is as right as all together."""
+    call = call_of(causal="bottom_right", positional="qk")
+    upstream = upstream_of(call)
+    assert_within_gate(call, solve(call, upstream, names), upstream)
+
+
+def test_many_short_sequences() -> None:
+    """Hundreds of sequences of 0 to 99 tokens and others of 64 to 163 keys, whose gradients by position are sums."""
+    lengths = tuple((37 * index) % 100 for index in range(400)), tuple(64 + (41 * index) % 100 for index in range(400))
+    judge(call_of(lengths, positional="qk", heads=2, kv_heads=2, factor_heads=(2, 2)))
+
+
+def test_decoding() -> None:
+    """One query in each sequence, as with a cache."""
+    judge(call_of(((1,) * 16, tuple(range(1, 3200, 200))), causal="bottom_right"))
+
+
+def test_strided_inputs_and_upstream_gradients() -> None:
+    """q, k and v cut from one tensor, with rows that are not whole 16-byte steps apart, and a transposed dO."""
+    call = call_of(SELF, heads=4, kv_heads=4, dims=(20, 20), causal=True, factor_heads=(4, 4))
+    together = torch.stack([call.q, call.k, call.v], 2)
+    parts = together.detach().requires_grad_()
+    q, k, v = parts.unbind(2)
+    arguments = (q, k, v, *call.arguments[3:])
+    out, lse = flash_bias_varlen_func(*arguments, return_lse=True)
+    dout, dlse = upstream_of(call)
+    strange = dout.transpose(0, 2).contiguous().transpose(0, 2)
+    (gradient,) = torch.autograd.grad((out, lse), parts, (strange, dlse))
+    found = {"out": out, "lse": lse, **dict(zip(NAMES, gradient.unbind(2), strict=False))}
+    assert_within_gate(call, found, (dout, dlse))
+
+
+def test_results_repeat_to_the_bit() -> None:
+    """Forward and backward give the same bits every time."""
+    call = call_of(causal="bottom_right", positional="qk")
+    upstream = upstream_of(call)
+    first = solve(call, upstream)
+    for _ in range(5):
+        again = solve(call, upstream)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_host_never_waits_and_a_graph_captures_the_call() -> None:
+    """Forward and backward ask nothing of the GPU, and a replay follows inputs and lengths that changed in place."""
+    call = call_of(SELF, causal=True, positional="k").wanting()
+    arguments, upstream = list(call.arguments), upstream_of(call)
+    arguments[4] = arguments[3]
+    leaves = list(call.inputs().values())
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out, lse = flash_bias_varlen_func(*arguments, return_lse=True)
+        return (out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, upstream))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    arguments[3].copy_(torch.tensor([0, 1000, 1001, 1001, 1538, 1615], dtype=torch.int32))
+    with torch.no_grad():
+        call.q.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, found, expected in zip(("out", "lse", *NAMES), captured, step(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_compiled_with_inductor() -> None:
+    """torch.compile gives the same numbers forward and backward."""
+    call = call_of(causal="bottom_right").wanting()
+    upstream, leaves = upstream_of(call), list(call.inputs().values())
+    expected = (*attend(call), *torch.autograd.grad(attend(call), leaves, upstream))
+    results = torch.compile(attend, fullgraph=True)(call)
+    found = (*results, *torch.autograd.grad(results, leaves, upstream))
+    for name, one, other in zip(("out", "lse", *NAMES), found, expected, strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_neighbours_are_never_touched() -> None:
+    """What another sequence holds, NaN included, changes no bit of one sequence's results and gradients."""
+    call = call_of(((200, 77, 300), (150, 90, 310)), causal="bottom_right", positional="", factor_heads=(4, 4))
+    upstream = upstream_of(call)
+    expected = solve(call, upstream)
+    rows, keys = slice(200, 277), slice(150, 240)
+    poisoned = {name: tensor.clone() for name, tensor in call.inputs().items()}
+    for name, tensor in poisoned.items():
+        own = rows if name in ("q", "q_bias") else keys
+        tensor[: own.start], tensor[own.stop :] = torch.nan, torch.nan
+    found = solve(Packed(**{**call.__dict__, **poisoned}), upstream)
+    for name in ("out", "q", "q_bias", "k", "v", "k_bias"):
+        own = rows if name in ("out", "q", "q_bias") else keys
+        assert torch.equal(found[name][own], expected[name][own]), name
+    assert torch.equal(found["lse"][:, rows], expected["lse"][:, rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_sweep_finds_proven_configs(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate accepts candidates of all three kernels on the real device, and the call that made it sweep is right."""
+    monkeypatch.setattr(plans, "_make_plan", WHOLE)
+    plans.forget()
+    with settings(mode="tune", cache_dir=tmp_path, budget_seconds=120):
+        judge(call_of(dtype=dtype, causal="bottom_right", positional="k"))
+        binaries = [set(plan.binaries) for plan in plans._plans.values()]
+    plans.forget()
+    assert binaries == [{"forward", "backward_dq", "backward_dkdv"}]
