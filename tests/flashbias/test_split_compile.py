@@ -33,9 +33,7 @@ DECODE = Shape(
     ("capability", "variant"),
     [
         ((8, 0), "split_pointers"),
-        ((9, 0), "split_pointers"),
         ((9, 0), "split_descriptors"),
-        ((12, 0), "split_pointers"),
     ],
 )
 @pytest.mark.parametrize(
