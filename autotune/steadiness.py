@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from autotune.errors import AutotuneError, SuspectDevice
 from autotune.sandbox import GateFault
 from autotune.scene import Scene
 
 logger = logging.getLogger(__name__)
+
+# A full device is no sick one.
+NO_MEMORY: Final = ("out of memory", "OutOfMemoryError", "MemoryError")
 
 
 class Watch:
@@ -46,6 +49,9 @@ class Watch:
         except SuspectDevice:
             raise
         except AutotuneError as failure:
+            if any(sign in str(failure) for sign in NO_MEMORY):  # the caller's tensors may have come meanwhile
+                logger.warning("the device could not be watched after the trials: %s", failure)
+                return
             self._suspect(f"it cannot do again what it did before the trials: {failure}")
 
     def _look(self, when: str) -> None:

@@ -38,11 +38,11 @@ def turn(gpu: str, notice: Callable[[], None] = lambda: None, seconds: float = L
 
 def place(gpu: str) -> Path:
     """Returns the file whose lock is the turn."""
-    return Path(tempfile.gettempdir()) / f"flashbias-times-{gpu}.lock"
+    return Path(tempfile.gettempdir()) / f"flashbias-times-{gpu.replace('/', '-')}.lock"
 
 
 def _open(gpu: str) -> int | None:
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in the file's place must not block either
     for how in (
         os.O_RDONLY,
         os.O_RDONLY | os.O_CREAT,

@@ -52,7 +52,7 @@ def attention(
     return found
 
 
-def _refuse_transforms(inputs: Sequence[Tensor | None]) -> None:
+def _refuse_transforms(inputs: Sequence[Tensor | None], name: str = "flash_bias_func") -> None:
     """Raises UnsupportedError under forward-mode differentiation and torch.func transforms, which kernels cannot see."""
     if torch.compiler.is_compiling():
         return
@@ -65,7 +65,7 @@ def _refuse_transforms(inputs: Sequence[Tensor | None]) -> None:
     else:
         return
     raise UnsupportedError.explain(
-        "flash_bias_func",
+        name,
         expected="plain tensors, differentiated by backward() or torch.autograd.grad",
         got=got,
         cure="Differentiate with torch.autograd, or compute this term with "

@@ -153,7 +153,8 @@ def _check_factor_dtype(name: str, factor: Tensor, q: Tensor) -> None:
         )
 
 
-def _check_rank(q: Tensor, q_bias: Tensor) -> None:
+def _check_rank(q: Tensor, q_bias: Tensor, *, masked: bool = True) -> None:
+    """Raises unless there are kernels for this rank; ``masked`` says that a mask could hold what is beyond it."""
     rank = q_bias.shape[3]
     split = q_bias.dtype != q.dtype and q.dtype in HALF_DTYPES
     limit = MAX_RANK // len(part_pairs(_dtype(q.dtype))) if split else MAX_RANK
@@ -162,11 +163,12 @@ def _check_rank(q: Tensor, q_bias: Tensor) -> None:
         raise ArgumentError.explain("q_bias", expected=f"a rank (dim 3) from 1 to {limit}", got="0", cure=cure)
     if rank > limit:
         beside = f" for {_dtype(q_bias.dtype)} factors beside {_dtype(q.dtype)}" if split else ""
-        cure = "Truncate the factors (SVD), or pass the dense bias as an additive mask."
-        if split:
-            cure = "Cast the factors to q's dtype, or pass the columns that need it least as an additive mask."
+        cure = "Cast the factors to q's dtype" if split else "Truncate the factors (SVD)"
+        if masked:
+            what = "the columns that need it least" if split else "the dense bias"
+            cure = f"{cure}, or pass {what} as an additive mask"
         raise UnsupportedError.explain(
-            "q_bias", expected=f"a rank of at most {limit}{beside}", got=str(rank), cure=cure
+            "q_bias", expected=f"a rank of at most {limit}{beside}", got=str(rank), cure=f"{cure}."
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from autotune import AutotuneError
 from flashbias.bench.compare import Row, compare
 from flashbias.cli import shapes
-from flashbias.errors import FlashBiasError
+from flashbias.errors import ArgumentError, FlashBiasError
 from flashbias.kernels.problem import Shape
 
 
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         wanted = shapes.from_arguments(options)
+        if any(shape.varlen for shape in wanted):
+            raise ArgumentError("varlen: packed sequences cannot be compared, the other providers have none")
         results = [(shape, compare(shape, options.rounds, torch.device("cuda"))) for shape in wanted]
     except (FlashBiasError, AutotuneError) as error:
         print(f"benchmark: {error}", file=sys.stderr)

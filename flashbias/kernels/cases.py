@@ -155,7 +155,8 @@ def band_of(problem: Problem, seqlen_q: int, seqlen_k: int) -> Band:
 def inputs(problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
     """Returns the case's tensors; a strided problem gets rows that start off a 16-byte boundary."""
     fields = problem.fields
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(case.name.encode()))
+    drawn = (seed * 1_000_003 + zlib.crc32(case.name.encode())) % (1 << 64)  # any 64-bit seed is one
+    generator = torch.Generator(device).manual_seed(drawn)
     dtype = getattr(torch, str(fields["dtype"]))
     batch, nheads, nheads_kv, seqlen_q, seqlen_k, rank, factor_batch = (
         int(case.sizes[name])

@@ -115,8 +115,9 @@ def flash_bias_varlen_func(
         (Tq, H, Dv) in q's dtype. A query without any key gives 0. With ``return_lse``, also (H, Tq) in fp32 (fp64 for
         fp64 inputs), in nats, bias included, -inf for a query without any key. Both are differentiable once, with
         respect to any subset of q, k, v, q_bias and k_bias; a gradient has its input's own shape and dtype, that of a
-        factor with a row for each position is summed over the sequences. Nothing waits for the GPU, so that a call can
-        be captured in a CUDA graph once its kernels were proven by the same call before.
+        factor with a row for each position is summed over the sequences. Where kernels run, nothing waits for
+        the GPU, so that a call can be captured in a CUDA graph once its kernels were proven by the same call before.
+        Without kernels (nothing proven here) the host reads where sequences end.
 
     Raises:
         ArgumentError: an argument has a wrong type, shape, dtype, device or value (it is a ValueError).

@@ -142,7 +142,7 @@ def check_factors(
     if q_bias.shape[2] < 1:
         cure = "Pass None for both factors to have no bias."
         raise ArgumentError.explain("q_bias", expected="a rank (dim 2) of at least 1", got="0", cure=cure)
-    _check_rank(q, q_bias.unsqueeze(0))
+    _check_rank(q, q_bias.unsqueeze(0), masked=False)
 
 
 def _check_rows(name: str, factor: Tensor, tokens: int, longest: int, sequences: int) -> None:

@@ -1,6 +1,7 @@
 """From packed tensors to launched kernels, or to ``eager``; :mod:`flashbias.launcher` does it for dense ones.
 
-Kernels see packed tensors as one batch, (1, T, H, D), and where sequences begin. The host never waits for the device.
+Kernels see packed tensors as one batch, (1, T, H, D), and where sequences begin; the host does not wait for the device.
+:mod:`flashbias.varlen.eager`, where there is no kernel, does.
 """
 
 from __future__ import annotations

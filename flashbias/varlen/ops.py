@@ -34,7 +34,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns O (Tq, H, Dv) and LSE (H, Tq) of valid arguments (see :mod:`flashbias.varlen.api`), differentiable once."""
     inputs = (q, k, v, q_bias, k_bias)
-    _refuse_transforms(inputs)
+    _refuse_transforms(inputs, "flash_bias_varlen_func")
     recording = torch.is_grad_enabled()
     grads = _five([recording and tensor is not None and tensor.requires_grad for tensor in inputs])
     if _traced((*inputs, *packed[:2])):

@@ -2,7 +2,8 @@
 
 A kernel's field reads like "32 64:zeroed_row": blocks, each with the fault to plant. Listed in the problem, they are
 the same in every process that is given it. While the file that ``PLANTED_UNSTEADY`` names exists, this device computes
-one thing in two ways; the fault "breaks_device" makes it.
+one thing in two ways, or says that it has no memory left if that is what the file says; the faults "breaks_device" and
+"fills_device" make it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from autotune.device import DeviceInfo, describe
 from autotune.spec import Tensors
@@ -43,12 +46,16 @@ class PlantedSpec(SoftmaxSpec):
         time.sleep(float(problem.fields["slow"]))
         if compiled.fault == "breaks_device":
             Path(os.environ["PLANTED_UNSTEADY"]).touch()
+        if compiled.fault == "fills_device":
+            Path(os.environ["PLANTED_UNSTEADY"]).write_text("full", encoding="utf-8")
         super().launch(kernel, compiled, problem, inputs, outputs, scratch)
 
     def ideal(self, problem: Problem, inputs: Tensors) -> Tensors:
         """Returns the softmax's, every other time one bit off while the device is unsteady."""
         found, unsteady = super().ideal(problem, inputs), os.environ.get("PLANTED_UNSTEADY", "")
         if unsteady and Path(unsteady).exists():
+            if Path(unsteady).read_text(encoding="utf-8") == "full":
+                raise torch.OutOfMemoryError("planted: no memory left")
             found["y"] = found["y"] * (1 + 2**-23 * (next(_ideals) % 2))
         return found
 

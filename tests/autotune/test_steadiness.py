@@ -92,6 +92,19 @@ def test_what_a_device_judged_while_it_broke_counts_for_nothing(
     assert all(again[config] > trials[config] for config in (softmax_config(32), softmax_config(64, "zeroed_row")))
 
 
+def test_a_device_that_filled_up_meanwhile_is_not_suspect(
+    tmp_path: Path, unsteady: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A caller may take all memory during a sweep: the second look is given up with a warning, and trials keep their force."""
+    problem = planted_problem("32", "32:fills_device")
+    resolve(problem, DEVICE, Settings(cache_dir=tmp_path))
+    store = open_layers(tmp_path)
+    assert unsteady.read_text() == "full"
+    assert store.trials(problem, "forward")
+    assert not store.lifts(problem)
+    assert any("could not be watched after the trials" in warning for warning in warnings(caplog))
+
+
 def test_unsteady_device_goes_on_with_the_stored_winner(
     tmp_path: Path, unsteady: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from flashbias.bench import compare as comparison
 from flashbias.bench.providers import PROVIDERS, make
+from flashbias.cli import benchmark
 from flashbias.kernels.problem import GRADIENTS, Shape
 
 CPU = torch.device("cpu")
@@ -18,6 +21,16 @@ def test_concatenated_sdpa_is_the_same_function_as_ours() -> None:
     inputs = make(SHAPE, 0, CPU)
     ours, peer = PROVIDERS["flashbias"](inputs), comparison.PROVIDERS["SDPA concat math"](inputs)
     torch.testing.assert_close(ours, peer, rtol=1e-2, atol=5e-3)
+
+
+def test_packed_sequences_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command refuses them: every provider would time dense calls in their name."""
+    (tmp_path / "shapes.json").write_text(f"[{SHAPE.model_copy(update={'varlen': True}).model_dump_json()}]")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert benchmark.main([str(tmp_path / "shapes.json")]) == 2
+    assert "varlen: packed sequences cannot be compared" in capsys.readouterr().err
 
 
 def test_rows_say_who_is_right_who_is_missing_and_who_computes_something_else() -> None:

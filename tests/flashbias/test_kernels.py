@@ -232,6 +232,14 @@ def test_gradients_of_parts_are_gathered_into_those_of_the_factors(dtype: str) -
     close(found.gradient("k", dk_packed), torch.einsum("bhqk,bqhr->bkhr", dscores, q_bias))
 
 
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 10**13])
+def test_any_seed_of_64_bits_draws_inputs(seed: int) -> None:
+    """What ``flashbias verify --seed`` accepts can be drawn, the same numbers each time."""
+    found = problem(BASE, describe(-1))
+    first, again = (ATTENTION.inputs(found, sized(found, 5, 7), seed, CPU) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 @pytest.mark.parametrize("rank", [2, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_alibi_has_accurate_gradients(dtype: torch.dtype, rank: int) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from cache_db.models import Config, Verdict, Winner
 from flashbias.cli import findings
 from flashbias.cli.main import main
 from tests.autotune.softmax_spec import softmax_config
-from tests.scripts.command_cases import GOOD, KEY, PROBLEM, WRONG, Run, python, trial
+from tests.scripts.command_cases import GOOD, KEY, PROBLEM, ROOT, WRONG, Run, python, trial
 
 
 def verify(run: Run, config: Config, *more: str) -> tuple[int, dict[str, Any]]:
@@ -150,6 +153,35 @@ def test_folder_without_a_database_is_told_and_stays_as_it_is(run: Run, tmp_path
         assert (code, output) == (2, "")
         assert str(tmp_path / "nowhere") in errors
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(("device", "complaint"), [("/dev/full", "flashbias: [Errno 28]"), ("a closed pipe", "")])
+def test_stdout_that_takes_nothing_is_no_traceback(folder: Path, device: str, complaint: str) -> None:
+    """A full disk is named, a reader that has left is not, and either ends with 1."""
+    command = [sys.executable, "-m", "flashbias", "cache", "quarantine", "list", "--cache-dir", str(folder)]
+    if device == "/dev/full":
+        descriptor = os.open(device, os.O_WRONLY)
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=descriptor, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(descriptor)
+    assert done.returncode == 1
+    assert done.stderr.startswith(complaint)
+    assert len(done.stderr.splitlines()) == bool(complaint)
+
+
+def test_characters_that_stdout_lacks_are_escaped(folder: Path) -> None:
+    """Reasons may hold any character, and a terminal need not be UTF-8."""
+    row = trial(folder, WRONG).model_copy(update={"reason": "planted ᵀ"})
+    open_layers(folder).add_trial(row)
+    done = python(
+        "-m", "flashbias", "cache", "quarantine", "list", "--cache-dir", str(folder), PYTHONIOENCODING="latin-1"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "planted \\u1d40" in done.stdout
 
 
 def test_wrong_setting_is_wrong_usage(folder: Path) -> None:
