@@ -94,16 +94,19 @@ def faulty(  # noqa: ANN201
     first_q, first_k, length_q, length_k, moved_low, moved_high = sequence(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, sequence_facts, seqlen_q, seqlen_k, low, high, VARLEN
     )
-    if FAULT == "one key too many":
-        length_k = tl.maximum(length_k, 2)
-    if FAULT == "keys start where queries do":
-        first_k = first_q
+    if FAULT == "a neighbour's key where there is none":
+        moved_low, moved_high = moved_low + (length_k == 0), moved_high + (length_k == 0)
+        length_k = tl.maximum(length_k, 1)
+    if FAULT == "keys start a row early":
+        first_k = tl.maximum(first_k - 1, 0)
     if FAULT == "the band is not moved":
         moved_low, moved_high = low, high
     return first_q, first_k, length_q, length_k, moved_low, moved_high
 
 
-@pytest.mark.parametrize("fault", ["one key too many", "keys start where queries do", "the band is not moved"])
+@pytest.mark.parametrize(
+    "fault", ["a neighbour's key where there is none", "keys start a row early", "the band is not moved"]
+)
 def test_the_proofs_cases_show_a_wrong_sequence(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that reads a neighbour's keys, starts at the wrong row or misplaces the band fails on the first case."""
     found = problem(BASE.model_copy(update={"causal": True, "grads": ()}), describe(-1))
