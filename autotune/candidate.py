@@ -24,6 +24,11 @@ class Candidate:
         return float(self.figures.get("ms", math.inf))
 
     @property
+    def paired(self) -> tuple[float, float]:
+        """What the best few are ordered by: their time beside the best's in the same rounds, then milliseconds."""
+        return float(self.figures.get("paired", math.inf)) if self.ms < math.inf else math.inf, self.ms
+
+    @property
     def safe(self) -> bool:
         """Whether this candidate has passed the gate and has a time to be compared by."""
         proven = self.trial is not None and self.trial.verdict is Verdict.SAFE and self.trial.level >= 2

@@ -207,7 +207,7 @@ class KernelSweep:
         best = [each for each in safe[:FINALISTS] if each.ms <= CLOSE * safe[0].ms]
         if len(best) > 1:
             self._measure(best, FINAL_ROUNDS)
-        for candidate in [*sorted(best, key=lambda each: each.ms), *safe[len(best) :]][:FINALISTS]:
+        for candidate in [*sorted(best, key=lambda each: each.paired), *safe[len(best) :]][:FINALISTS]:
             if candidate.ms < math.inf and self._screened(candidate):
                 return self._winner(candidate)
         return None

@@ -1,10 +1,15 @@
-"""Times kernels against each other: interleaved, so that a change of clocks meets all of them, and with a cold L2."""
+"""Times kernels against each other: interleaved, so that a change of clocks meets all of them, and with a cold L2.
+
+Each round also tells the multiprocessors' clock: the busy-wait that gives the host its lead counts cycles, and events
+time it. Rounds in which the clock was down are dropped; candidates are compared round by round.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -22,6 +27,48 @@ LAUNCHES_A_LEAD: Final = 64
 # Clock cycles of that wait for each launch (about 65 us): with it the host is always ahead, and the events of a
 # launch never enclose the time the host took to enqueue it.
 LEAD_CYCLES: Final = 120_000
+# A round whose clock is below this part of the median round's was throttled.
+THROTTLED: Final = 0.97
+
+
+@dataclass
+class Record:
+    """Milliseconds of every candidate, one a round from the first on, and the clock (MHz) of each round on a GPU."""
+
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    clocks: list[float] = field(default_factory=list)
+
+    def figures(self) -> dict[str, dict[str, Scalar]]:
+        """Returns what is known of each candidate that has samples: :func:`summary` of its rounds at full clock; and more.
+
+        ``paired`` is the median over those rounds of its time as a multiple of the best one's in the same round (the
+        best: the one of the lowest median). ``sm_mhz`` is the clock, ``throttled`` how many rounds were dropped.
+        """
+        steady = self._steady()
+        # One that was timed in dropped rounds only keeps them.
+        rounds = {
+            name: [each for each in range(len(values)) if each in steady] or list(range(len(values)))
+            for name, values in self.samples.items()
+            if values
+        }
+        found = {name: summary([self.samples[name][each] for each in kept]) for name, kept in rounds.items()}
+        if not found:
+            return {}
+        best = self.samples[min(found, key=lambda name: found[name]["ms"])]
+        for name, kept in rounds.items():
+            mine = self.samples[name]
+            found[name]["paired"] = statistics.median(mine[each] / best[each] for each in kept if each < len(best))
+            if self.clocks:
+                found[name]["sm_mhz"] = round(statistics.median(self.clocks[each] for each in steady))
+                found[name]["throttled"] = len(self.clocks) - len(steady)
+        return found
+
+    def _steady(self) -> list[int]:
+        """Returns the rounds at full clock; all of them where clocks are not known."""
+        if not self.clocks:
+            return list(range(max(map(len, self.samples.values()), default=0)))
+        limit = THROTTLED * statistics.median(self.clocks)
+        return [number for number, clock in enumerate(self.clocks) if clock >= limit]
 
 
 def interleaved(
@@ -30,25 +77,29 @@ def interleaved(
     device: torch.device,
     notice: Callable[[], None] = lambda: None,
     lead_cycles: int = LEAD_CYCLES,
-) -> dict[str, list[float]]:
-    """Runs every launch once a round, ``rounds`` times, and returns the milliseconds of each.
+) -> Record:
+    """Runs every launch once a round, ``rounds`` times, and records the milliseconds of each.
 
     On a GPU the L2 is flushed before each launch and CUDA events time it, behind a busy-wait of ``lead_cycles`` for each
     launch, which must outlast the host's work for it; ``notice`` is called before each round.
     Candidates slower than ``LAGGARD`` times the fastest of the first round keep that one sample.
     """
-    samples: dict[str, list[float]] = {name: [] for name in launches}
+    record = Record({name: [] for name in launches})
     running = dict(launches)
     buffer = _flush_buffer(device) if device.type == "cuda" else None
     for number in range(rounds):
         notice()
-        timed = _time_on_cpu(running) if buffer is None else _time_on_gpu(running, buffer, lead_cycles)
+        if buffer is None:
+            timed = _time_on_cpu(running)
+        else:
+            timed, clock = _time_on_gpu(running, buffer, lead_cycles)
+            record.clocks.append(clock)
         for name, milliseconds in timed.items():
-            samples[name].append(milliseconds)
+            record.samples[name].append(milliseconds)
         if number == 0:
-            fastest = min((values[0] for values in samples.values()), default=0.0)
-            running = {name: run for name, run in launches.items() if samples[name][0] <= LAGGARD * fastest}
-    return samples
+            fastest = min(timed.values(), default=0.0)
+            running = {name: run for name, run in launches.items() if timed[name] <= LAGGARD * fastest}
+    return record
 
 
 def summary(samples: Sequence[float]) -> dict[str, Scalar]:
@@ -79,23 +130,36 @@ def _time_on_cpu(launches: Mapping[str, Launch]) -> dict[str, float]:
     return result
 
 
-def _time_on_gpu(launches: Mapping[str, Launch], flush: torch.Tensor, lead_cycles: int) -> dict[str, float]:
+def _time_on_gpu(
+    launches: Mapping[str, Launch], flush: torch.Tensor, lead_cycles: int
+) -> tuple[dict[str, float], float]:
+    """Returns the milliseconds of each launch, and the multiprocessors' clock in MHz (the lowest met)."""
     result: dict[str, float] = {}
+    clocks: list[float] = []
     names = list(launches)
     for first in range(0, len(names), LAUNCHES_A_LEAD):
         chunk = names[first : first + LAUNCHES_A_LEAD]
         events: dict[str, tuple[Any, Any]] = {}
+        lead = _events()
+        lead[0].record()
         torch.cuda._sleep(lead_cycles * len(chunk))  # noqa: SLF001  # the only busy-wait
+        lead[1].record()
         for name in chunk:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before, after = _events()
             flush.zero_()
             before.record()
             launches[name]()
             after.record()
             events[name] = (before, after)
         torch.cuda.synchronize()
+        clocks.append(lead_cycles * len(chunk) / (1e3 * lead[0].elapsed_time(lead[1])))
         result |= {name: before.elapsed_time(after) for name, (before, after) in events.items()}
-    return result
+    return result, min(clocks, default=0.0)
+
+
+def _events() -> tuple[Any, Any]:
+    """Returns two events that take times."""
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def _flush_buffer(device: torch.device) -> torch.Tensor:

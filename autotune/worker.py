@@ -24,7 +24,7 @@ from typing import Any, Final
 import torch
 from triton.runtime.errors import OutOfResources
 
-from autotune import timing
+from autotune import health, timing
 from autotune.device import DeviceInfo
 from autotune.forks import ForkServer
 from autotune.gate.accuracy import GateFault
@@ -39,6 +39,8 @@ from cache_db.models import Config, Problem, Scalar, Verdict
 PR_SET_PDEATHSIG: Final = 1
 POISONED: Final = 70
 LONGEST_REASON: Final = 400
+# A measurement of so many rounds decides something: the GPU's temperature is noted with it.
+LONG_ROUNDS: Final = 20
 
 
 def main() -> None:
@@ -191,8 +193,10 @@ class Runner:
             self._send({"event": "round"})
 
         with turn("" if rig.device.interpreted else rig.device.uuid, notice):
-            samples = timing.interleaved(launches, question["rounds"], rig.torch_device, notice)
-        figures = {name: timing.summary(values) for name, values in samples.items() if values}
+            figures = timing.interleaved(launches, question["rounds"], rig.torch_device, notice).figures()
+            if question["rounds"] >= LONG_ROUNDS:
+                state = health.read(rig.device.uuid)
+                figures = {name: each | state for name, each in figures.items()}
         return {"figures": figures}
 
     def _launch(self, kernel: str, config: Config, case: Any, inputs: Any, outputs: Any) -> timing.Launch:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autotune.device import describe
-from autotune.timing import interleaved, summary
+from autotune.timing import interleaved
 from autotune.turns import turn
 from flashbias import reference
 from flashbias.bench.providers import PROVIDERS, Forward, Inputs, make
@@ -77,16 +77,16 @@ def _time(rows: dict[str, Row], runs: dict[str, Forward], inputs: Inputs, rounds
         for forward in runs.values():  # without gradients it is another problem, with a first call of its own
             forward(inputs)
         forwards = {name: (lambda forward=forward: forward(inputs)) for name, forward in runs.items()}
-        for name, samples in interleaved(forwards, rounds, device, lead_cycles=_LEAD_CYCLES).items():
-            rows[name].forward_ms = float(summary(samples)["ms"])
+        for name, figures in interleaved(forwards, rounds, device, lead_cycles=_LEAD_CYCLES).figures().items():
+            rows[name].forward_ms = float(figures["ms"])
     graphs = {name: forward(inputs) for name, forward in runs.items()}
 
     def backward(out: Tensor) -> None:
         torch.autograd.grad(out, inputs.leaves, inputs.dout, retain_graph=True, allow_unused=True)
 
     backwards = {name: (lambda out=out: backward(out)) for name, out in graphs.items()}
-    for name, samples in interleaved(backwards, rounds, device, lead_cycles=_LEAD_CYCLES).items():
-        rows[name].backward_ms = float(summary(samples)["ms"])
+    for name, figures in interleaved(backwards, rounds, device, lead_cycles=_LEAD_CYCLES).figures().items():
+        rows[name].backward_ms = float(figures["ms"])
 
 
 def _judge(rows: dict[str, Row], results: dict[str, tuple[Tensor | None, ...]], inputs: Inputs, limit: float) -> None:

@@ -77,6 +77,16 @@ def test_timing_leaves_out_what_crashes_and_agrees_with_itself(sandbox: Sandbox)
     assert again == pytest.approx(once, rel=0.2)
 
 
+def test_clock_and_temperature_are_noted(sandbox: Sandbox) -> None:
+    """A long measurement says how fast the multiprocessors ran and how warm the GPU was."""
+    figures = sandbox.measure("forward", [GOOD, softmax_config(2048)], {}, 30)
+    for each in figures.values():
+        assert 300 < float(each["sm_mhz"]) < 3000
+        assert 10 < float(each["temperature_c"]) < 110
+        assert int(each["samples"]) + int(each["throttled"]) == 30
+    assert min(float(each["paired"]) for each in figures.values()) <= 1
+
+
 def test_a_warm_proof_takes_less_than_a_second(sandbox: Sandbox) -> None:
     """With inputs and answers at hand a candidate costs the gate little."""
     assert sandbox.prove("forward", GOOD, {}, 2, SEED).safe
