@@ -125,7 +125,7 @@ class Sandbox:
         *,
         detail: bool = False,
     ) -> Outcome:
-        """Puts one config through the gate at ``level`` 1 or 2, with ``repeats`` race repeats instead of the level's own.
+        """Puts one config through the gate at ``level`` 1, 2 or 3 (a soak's), with ``repeats`` race repeats instead of the level's own.
 
         ``detail`` asks for the figures of every output, and has a wrong config judged on all cases.
 

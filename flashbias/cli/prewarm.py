@@ -15,9 +15,11 @@ from typing import Final
 from autotune import AutotuneError, DeviceInfo, Mode, Resolution, Settings, resolve
 from autotune.messages import summary
 from autotune.progress import remaining
+from autotune.soak import INTERPRETER_REPEATS, REPEATS
 from cache_db.models import Problem
 from flashbias.cli import shapes
 from flashbias.cli.devices import device as device_of
+from flashbias.cli.soak import soaked
 from flashbias.errors import FlashBiasError
 from flashbias.kernels.problem import Shape, problem
 from flashbias.settings import current, settings
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with settings(
             mode=mode, cache_dir=folder, budget_seconds=options.budget, wait_seconds=options.budget, finish=True
         ) as chosen:
-            return warm(problems, device, chosen)
+            return warm(problems, device, chosen, _repeats(options.soak, device))
     except (FlashBiasError, AutotuneError) as error:
         print(f"prewarm: {error}", file=sys.stderr)
         return MISUSED
@@ -46,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
-def warm(problems: Sequence[Problem], device: DeviceInfo, chosen: Settings) -> int:
-    """Tunes ``problems`` one after the other, printing a line for each; returns the exit code."""
+def warm(problems: Sequence[Problem], device: DeviceInfo, chosen: Settings, repeats: int = 0) -> int:
+    """Tunes ``problems`` one after the other, printing a line for each; returns the exit code.
+
+    With ``repeats`` each problem's winners are soaked with so many.
+    """
     failed = 0
     start = time.monotonic()
     for number, each in enumerate(problems):
@@ -55,11 +60,25 @@ def warm(problems: Sequence[Problem], device: DeviceInfo, chosen: Settings) -> i
         print(f"[{number + 1}/{len(problems)}{left}] {summary(each)}", flush=True)
         before = time.monotonic()
         found = resolve(each, device, chosen)
+        if repeats and _won(found):
+            found = soaked(each, device, chosen, found, repeats, lambda line: print(f"    {line}", flush=True))
         failed += not _won(found)
         print(f"    {_told(found, time.monotonic() - before)}", flush=True)
     ready = len(problems) - failed
     print(f"{ready} of {len(problems)} problems have proven winners in {time.monotonic() - start:.0f} s")
     return UNFINISHED if failed else DONE
+
+
+def _repeats(asked: int | None, device: DeviceInfo) -> int:
+    """Returns how many repeats a soak has: 0 for none, ``asked`` -1 means the usual number."""
+    usual = INTERPRETER_REPEATS if device.interpreted else REPEATS
+    return 0 if asked is None else usual if asked < 0 else asked
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:12]) <= 10**9:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000000000, got {text!r}")
+    return int(text)
 
 
 def _won(found: Resolution) -> bool:
@@ -95,4 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir", type=Path, help="folder of the database (default: as for the library)")
     parser.add_argument("--device", type=int, metavar="N", help="CUDA device (default: the current one)")
     parser.add_argument("--retune", action="store_true", help="sweep again over stored winners")
+    parser.add_argument(
+        "--soak",
+        nargs="?",
+        type=_count,
+        const=-1,
+        metavar="REPEATS",
+        help=f"then put each winner through so many race repeats (default {REPEATS:,}), for level 3",
+    )
     return parser

@@ -10,6 +10,7 @@ import pytest
 import autotune
 from autotune import Settings, confirm, resolve
 from autotune.device import describe
+from autotune.soak import soak
 from cache_db import open_layers
 from cache_db.models import Config, Problem, Trial, Verdict
 from tests.autotune.planted_spec import planted_problem
@@ -64,6 +65,16 @@ def test_bad_candidate_loses_to_the_good_one(tmp_path: Path, fault: str, verdict
     stored = trials(tmp_path, problem)
     assert found.choices["forward"].config == softmax_config(64)
     assert stored[softmax_config(32, fault)].verdict is verdict
+
+
+def test_a_soak_raises_winners_to_level_3(tmp_path: Path) -> None:
+    """Both kernels agree with themselves 20,000 times on four draws, while the timing of the sweep stays."""
+    device, settings = describe(0), Settings(cache_dir=tmp_path)
+    problem = planted_problem("32 64", "32", device=device)
+    resolve(problem, device, settings)
+    results = soak(problem, device, settings, open_layers(tmp_path), 20_000)
+    assert [(each.passed, each.repeats) for each in results] == [(True, 20_000)] * 2
+    assert {winner.level for winner in open_layers(tmp_path).winners(problem).values()} == {3}
 
 
 def test_every_candidate_is_tried_when_there_is_time(tmp_path: Path) -> None:

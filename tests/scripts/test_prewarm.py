@@ -215,3 +215,24 @@ def test_problem_without_a_winner_makes_the_run_fail(tmp_path: Path) -> None:
     assert code == 1, errors
     assert "NO WINNER" in output
     assert "another-host" in output
+
+
+def test_a_soak_raises_the_level_once(tmp_path: Path) -> None:
+    """The winner reaches level 3 with the repeats named; a second run finds that done."""
+    command = [*SMALL, "--grads", "none", "--soak", "6"]
+    status, output, _ = run(tmp_path, *command)
+    assert status == 0
+    assert "forward: 6 repeats agree: triton/" in output
+    found = problem(parse(*SMALL, "--grads", "none")[0], describe(-1))
+    assert open_layers(tmp_path).winners(found)["forward"].level == 3
+    status, output, _ = run(tmp_path, *command)
+    assert status == 0
+    assert "forward: 6 repeats agree (earlier)" in output
+
+
+@pytest.mark.parametrize("count", ["0", "-4", "many", "1e3"])
+def test_a_soak_of_no_number_is_refused(tmp_path: Path, count: str) -> None:
+    """Repeats are a whole number from 1 on."""
+    status, _, errors = run(tmp_path, *SMALL, f"--soak={count}")
+    assert status == 2
+    assert "expected a whole number from 1 to 1000000000" in errors

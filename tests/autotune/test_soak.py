@@ -1,0 +1,85 @@
+"""The soak: what passes reaches level 3 with its count, what fails is out, and what has passed is not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import autotune
+from autotune import Settings, resolve
+from autotune.device import describe, interpreting
+from autotune.soak import PARTS, soak
+from cache_db import open_layers
+from cache_db.models import Problem, Trial, Verdict
+from tests.autotune.planted_spec import planted_problem
+from tests.autotune.softmax_spec import softmax_config
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="runs kernels in Triton's interpreter (TRITON_INTERPRET=1)")
+# Above the count from which a screen repeats at the timed size too, where "races_at_scale" shows.
+LONG = 302 * PARTS
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """Makes each test start like a new process."""
+    autotune.forget()
+    yield
+    autotune.forget()
+
+
+def tuned(folder: Path, forward: str) -> Problem:
+    """Returns a problem with these candidates and a stored winner."""
+    problem = planted_problem(forward)
+    assert resolve(problem, describe(-1), Settings(cache_dir=folder)).choices
+    return problem
+
+
+def forward_trial(folder: Path, problem: Problem) -> Trial:
+    """Returns the forward's first trial."""
+    return open_layers(folder).trials(problem, "forward")[0]
+
+
+def test_winners_that_pass_have_level_3_and_their_count_and_times(tmp_path: Path) -> None:
+    """Each kernel's parts add up to what was asked for; the times of the sweep stay."""
+    problem = tuned(tmp_path, "32")
+    before = forward_trial(tmp_path, problem)
+    layers = open_layers(tmp_path)
+    results = soak(problem, describe(-1), Settings(cache_dir=tmp_path), layers, 10)
+    assert [(each.winner.kernel, each.passed, each.repeats) for each in results] == [
+        ("forward", True, 10),
+        ("backward", True, 10),
+    ]
+    after = forward_trial(tmp_path, problem)
+    assert (after.level, after.figures["repeats"], after.figures["ms"]) == (3, 10, before.figures["ms"])
+    assert {row.level for row in open_layers(tmp_path).winners(problem).values()} == {3}
+    autotune.forget()
+    found = resolve(problem, describe(-1), Settings(mode=autotune.Mode.ASSERT, cache_dir=tmp_path))
+    assert {choice.level for choice in found.choices.values()} == {3}
+
+
+def test_what_has_passed_as_many_is_not_run_again(tmp_path: Path) -> None:
+    """A second soak of the same length changes no row; a longer one runs."""
+    problem, settings = tuned(tmp_path, "32"), Settings(cache_dir=tmp_path)
+    soak(problem, describe(-1), settings, open_layers(tmp_path), 8)
+    before = forward_trial(tmp_path, problem)
+    again = soak(problem, describe(-1), settings, open_layers(tmp_path), 8)
+    assert [each.already for each in again] == [True, True]
+    assert forward_trial(tmp_path, problem) == before
+    longer = soak(problem, describe(-1), settings, open_layers(tmp_path), 12)
+    assert [(each.already, each.repeats) for each in longer] == [(False, 12), (False, 12)]
+
+
+def test_a_winner_that_fails_is_out_and_the_next_takes_its_place(tmp_path: Path) -> None:
+    """A race that only the soak's length shows becomes the trial's verdict, and the next resolve has another winner."""
+    problem, settings = tuned(tmp_path, "32:races_at_scale"), Settings(cache_dir=tmp_path)
+    results = soak(problem, describe(-1), settings, open_layers(tmp_path), LONG)
+    assert [(each.winner.kernel, each.verdict) for each in results] == [("forward", Verdict.RACY)]
+    stored = forward_trial(tmp_path, problem)
+    assert (stored.verdict, stored.level) == (Verdict.RACY, 0)
+    assert "repeats differ" in stored.reason
+    autotune.forget()
+    found = resolve(problem, describe(-1), settings)
+    assert found.choices["forward"].rung == "default"
+    assert found.choices["forward"].config == softmax_config(256)
