@@ -12,6 +12,7 @@ from autotune.device import describe
 from autotune.timing import interleaved
 from autotune.turns import turn
 from flashbias import reference
+from flashbias.band import EVERYTHING
 from flashbias.bench.providers import PROVIDERS, Forward, Inputs, make
 from flashbias.kernels.problem import GRADIENTS, Shape
 
@@ -26,7 +27,8 @@ LIMITS: Final = {"float16": 5e-3, "bfloat16": 4e-2, "float32": 5e-3}
 class Row:
     """One provider on one shape: milliseconds, relative errors of ``out`` and each gradient, and why it is missing.
 
-    ``tflops`` are useful ones, 4 B H Sq Sk D (half if causal) forward and 2.5 times that backward.
+    ``tflops`` are useful ones: forward 2 (D + Dv) for each score that counts, backward 2.5 times that. A shape without
+    gradients has no backward.
     """
 
     provider: str
@@ -50,21 +52,28 @@ def compare(shape: Shape, rounds: int, device: torch.device, *, check: bool = Tr
     for name, forward in PROVIDERS.items():
         rows[name] = Row(name)
         try:
-            results[name] = (forward(inputs), *_gradients(forward, inputs))
+            results[name] = (forward(inputs), *(_gradients(forward, inputs) if inputs.leaves else ()))
         except (RuntimeError, AssertionError) as error:  # what SDPA raises where no kernel fits
             rows[name].missing = str(error).splitlines()[0] if str(error) else type(error).__name__
     if check:
         _judge(rows, results, inputs, LIMITS[shape.dtype])
-    work = 4.0 * shape.batch * shape.nheads * shape.seqlen_q * shape.seqlen_k * shape.headdim
-    work *= 0.5 if shape.causal else 1.0
     runs = {name: PROVIDERS[name] for name in results}
     with turn(describe(device.index or 0).uuid if device.type == "cuda" else ""):
         _time(rows, runs, inputs, rounds, device)
+    work = 2.0 * shape.batch * shape.nheads * scores(shape) * (shape.headdim + (shape.value_dim or shape.headdim))
     for row in rows.values():
-        if row.forward_ms and row.backward_ms:
-            row.forward_tflops = work / row.forward_ms / 1e9
-            row.backward_tflops = 2.5 * work / row.backward_ms / 1e9
+        row.forward_tflops = work / row.forward_ms / 1e9 if row.forward_ms else None
+        row.backward_tflops = 2.5 * work / row.backward_ms / 1e9 if row.backward_ms else None
     return list(rows.values())
+
+
+def scores(shape: Shape) -> float:
+    """Returns how many scores of one head count: all, those in the band, or by the field's custom half of a causal square."""
+    everything = float(shape.seqlen_q * shape.seqlen_k)
+    if shape.causal and shape.window == (-1, -1) and shape.seqlen_q == shape.seqlen_k:
+        return everything / 2
+    rows = (shape.band.keys(row, row, shape.seqlen_k) for row in range(shape.seqlen_q))
+    return everything if shape.band == EVERYTHING else float(sum(keys.stop - keys.start for keys in rows))
 
 
 def _gradients(forward: Forward, inputs: Inputs) -> tuple[Tensor | None, ...]:
@@ -79,6 +88,8 @@ def _time(rows: dict[str, Row], runs: dict[str, Forward], inputs: Inputs, rounds
         forwards = {name: (lambda forward=forward: forward(inputs)) for name, forward in runs.items()}
         for name, figures in interleaved(forwards, rounds, device, lead_cycles=_LEAD_CYCLES).figures().items():
             rows[name].forward_ms = float(figures["ms"])
+    if not inputs.leaves:
+        return
     graphs = {name: forward(inputs) for name, forward in runs.items()}
 
     def backward(out: Tensor) -> None:
@@ -94,8 +105,11 @@ def _judge(rows: dict[str, Row], results: dict[str, tuple[Tensor | None, ...]], 
     with torch.no_grad():
         call = (inputs.q, inputs.k, inputs.v, inputs.q_bias, inputs.k_bias, None, inputs.shape.band, inputs.scale)
         out, lse = reference.forward(*call, compute_dtype=torch.float64)
-        gradients = reference.backward(inputs.dout, *call, out, lse, compute_dtype=torch.float64)
-        truth = {"out": out, **{f"d{n}": g for n, g in zip(GRADIENTS, gradients, strict=True) if g is not None}}
+        truth = {"out": out}
+        if inputs.leaves:
+            gradients = reference.backward(inputs.dout, *call, out, lse, compute_dtype=torch.float64)
+            wanted = inputs.shape.grads
+            truth |= {f"d{n}": g for n, g in zip(GRADIENTS, gradients, strict=True) if n in wanted and g is not None}
         for name, found in results.items():
             for (label, right), value in zip(truth.items(), found, strict=False):
                 error = float("inf") if value is None else float((value.double() - right).norm() / right.norm())

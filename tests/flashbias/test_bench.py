@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,17 @@ from flashbias.bench import compare as comparison
 from flashbias.bench.providers import PROVIDERS, make
 from flashbias.cli import benchmark
 from flashbias.kernels.problem import GRADIENTS, Shape
+from tests.flashbias.drawn import default_configs
 
 CPU = torch.device("cpu")
 SHAPE = Shape(batch=1, nheads=2, seqlen_q=24, seqlen_k=24, headdim=16, rank=3, causal=True, grads=GRADIENTS)
+
+
+@pytest.fixture(autouse=True)
+def untuned() -> Iterator[None]:
+    """Has our kernels run their default configs: what is compared here is not speed."""
+    with default_configs():
+        yield
 
 
 def test_concatenated_sdpa_is_the_same_function_as_ours() -> None:
@@ -31,6 +40,46 @@ def test_packed_sequences_are_not_compared(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert benchmark.main([str(tmp_path / "shapes.json")]) == 2
     assert "varlen: packed sequences cannot be compared" in capsys.readouterr().err
+
+
+def test_masks_are_not_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag that every provider would ignore is refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert benchmark.main(["--mask", "bool"]) == 2
+    assert "masks are not compared yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"nheads_kv": 1}, "B1 H2/1 S24x24 D16 R3 causal float16"),
+        ({"causal": "bottom_right", "seqlen_q": 9}, "B1 H2 S9x24 D16 R3 bottom_right float16"),
+        ({"causal": False, "factor_dtype": "float32"}, "B1 H2 S24x24 D16 R3 float16 factors float32"),
+        ({"causal": False, "seqlen_q": 7, "dtype": "float32"}, "B1 H2 S7x24 D16 R3 float32 ieee"),
+    ],
+)
+def test_every_kind_of_problem_is_the_same_for_us_and_the_peer(changes: dict[str, object], name: str) -> None:
+    """Grouped heads, the other causal corner, fp32 and exact factors: providers agree with the oracle."""
+    shape = SHAPE.model_copy(update=changes)
+    rows = {row.provider: row for row in comparison.compare(shape, 1, CPU)}
+    assert benchmark.title(shape) == name
+    assert rows["flashbias"].right
+    assert rows["SDPA concat math"].right
+
+
+def test_without_gradients_there_is_no_backward() -> None:
+    """A shape of inference is timed and checked forward only, in the table too."""
+    rows = comparison.compare(SHAPE.model_copy(update={"grads": ()}), 1, CPU)
+    assert {(row.backward_ms, *row.errors) for row in rows if not row.missing} == {(None, "out")}
+
+
+def test_a_window_is_missing_from_peers() -> None:
+    """SDPA has no window: it is a row that says so, and ours counts the scores in the band only."""
+    shape = SHAPE.model_copy(update={"window": (3, 0), "grads": ()})
+    ours, *peers = comparison.compare(shape, 1, CPU)
+    assert ours.right
+    assert {row.missing for row in peers} == {"SDPA has no window"}
+    assert comparison.scores(shape) == 1 + 2 + 3 + 21 * 4
 
 
 def test_rows_say_who_is_right_who_is_missing_and_who_computes_something_else() -> None:
