@@ -151,8 +151,8 @@ class Sandbox:
     ) -> dict[str, dict[str, Scalar]]:
         """Times ``configs`` in turn for ``rounds`` rounds at the representative size, with a cold L2.
 
-        Returns config hash -> ``ms`` (median), ``p20``, ``p80`` and ``samples``, all times in milliseconds; a config
-        that is missing failed.
+        Returns config hash -> ``ms`` (median), ``p20``, ``p80`` and ``samples``, all times in milliseconds, and the
+        statistics of the loaded kernel; a config that is missing failed.
         """
         remaining = list(dict.fromkeys(configs))
         while remaining:

@@ -84,7 +84,13 @@ class Floor:
 
 @runtime_checkable
 class Compiled(Protocol):
-    """A kernel ready to launch. ``binary`` names the machine code (SHA-256; "" in the interpreter)."""
+    """A kernel ready to launch. ``binary`` names the machine code (SHA-256; "" in the interpreter).
+
+    ``stats`` are figures to store with its trials; they are read again after its launches, when
+    :func:`autotune.occupancy.figures` knows more. A compiled kernel may have one more attribute, ``assembly:
+    Mapping[str, str | bytes]``: what the compiler made of it on the way to machine code, by file suffix ("ptx", "cubin").
+    ``flashbias ptx`` saves that.
+    """
 
     binary: str
     stats: Mapping[str, Scalar]

@@ -161,7 +161,7 @@ class Runner:
             raise
         except Exception as error:  # noqa: BLE001  # as above
             outcome |= {"verdict": verdict_of(error, compiling=False), "reason": summarize(error)}
-            return {"outcome": outcome, "sticky": self._poisoned()}
+            return {"outcome": outcome | {"figures": dict(compiled.stats)}, "sticky": self._poisoned()}
         # Registers and spills are known once the kernel has been loaded, so statistics are read last.
         outcome |= {"verdict": proof.verdict, "reason": proof.reason, "figures": {**compiled.stats, **proof.figures}}
         outcome["level"] = question["level"] if proof.verdict is Verdict.SAFE else 0
@@ -177,6 +177,7 @@ class Runner:
         case, inputs = self._representative(kernel, _configs(question["proven_with"]))
         outputs = allocate(rig.spec.outputs(kernel, rig.problem, case), rig.torch_device)
         launches: dict[str, timing.Launch] = {}
+        stats: dict[str, Mapping[str, Scalar]] = {}
         for config in (Config(**data) for data in question["configs"]):
             self._send({"event": "trial", "config": config.hash})
             try:
@@ -188,16 +189,15 @@ class Runner:
                     os._exit(POISONED)
                 continue
             launches[config.hash] = launch
+            stats[config.hash] = rig.compiled(kernel, config).stats
 
         def notice() -> None:
             self._send({"event": "round"})
 
         with turn("" if rig.device.interpreted else rig.device.uuid, notice):
-            figures = timing.interleaved(launches, question["rounds"], rig.torch_device, notice).figures()
-            if question["rounds"] >= LONG_ROUNDS:
-                state = health.read(rig.device.uuid)
-                figures = {name: each | state for name, each in figures.items()}
-        return {"figures": figures}
+            record = timing.interleaved(launches, question["rounds"], rig.torch_device, notice)
+            state = health.read(rig.device.uuid) if question["rounds"] >= LONG_ROUNDS else {}
+        return {"figures": {name: {**stats[name], **each, **state} for name, each in record.figures().items()}}
 
     def _launch(self, kernel: str, config: Config, case: Any, inputs: Any, outputs: Any) -> timing.Launch:
         """Returns one run of ``config``, with scratch from the allocator's cache, so that configs share it."""

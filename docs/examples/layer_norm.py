@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from autotune import DeviceInfo, Settings, resolve
 from autotune.device import describe
+from autotune.occupancy import figures
 from autotune.source import source_hash
 from autotune.spec import Case, Reference, Rule, Tensors, TensorSpec
 from cache_db.models import Config, Problem, Scalar
@@ -94,12 +95,21 @@ KERNELS = {"forward": forward, "backward": backward}
 
 @dataclass(frozen=True)
 class Ready:
-    """A kernel ready to launch; ``kernel`` is what ``[grid](*arguments)`` runs."""
+    """A kernel ready to launch; ``run`` is what enqueues it."""
 
-    kernel: Any
+    run: _Bound
     rows: int
     binary: str = ""
-    stats: dict[str, Scalar] = field(default_factory=dict)
+
+    @property
+    def stats(self) -> dict[str, Scalar]:
+        """Figures that are stored with each trial: shared memory, and once it runs registers, spills and occupancy."""
+        return figures(self.run.kernel)
+
+    @property
+    def assembly(self) -> dict[str, str | bytes]:
+        """What `flashbias ptx` saves: Triton's IR, PTX and machine code; nothing in the interpreter."""
+        return dict(getattr(self.run.kernel, "asm", {}))
 
 
 class LayerNorm:
@@ -189,7 +199,7 @@ class LayerNorm:
         target = GPUTarget("cuda", 10 * device.capability[0] + device.capability[1], 32)
         compiled = triton.compile(source, target=target, options={"num_warps": int(config.params["num_warps"])})
         binary = hashlib.sha256(compiled.asm["cubin"]).hexdigest()
-        return Ready(_Bound(compiled, constants), rows, binary, {"shared": compiled.metadata.shared})
+        return Ready(_Bound(compiled, constants), rows, binary)
 
     def launch(
         self, kernel: str, compiled: Ready, problem: Problem, inputs: Tensors, outputs: Tensors, scratch: Tensors
@@ -199,7 +209,7 @@ class LayerNorm:
         rows, columns = given["x"].shape
         names = [name.removesuffix("_ptr") for name in KERNELS[kernel].arg_names if name.endswith("_ptr")]
         sizes = (rows, columns, EPSILON) if kernel == "forward" else (rows, columns)
-        compiled.kernel(-(-rows // compiled.rows), *(given[name] for name in names), *sizes)
+        compiled.run(-(-rows // compiled.rows), *(given[name] for name in names), *sizes)
 
     def oracle(self, problem: Problem, inputs: Tensors) -> dict[str, Reference]:
         """All outputs in fp64."""
@@ -224,10 +234,10 @@ class _Bound:
     """A kernel with its constants: what Triton's compiled kernels and its interpreter both want last."""
 
     def __init__(self, kernel: Any, constants: dict[str, int]) -> None:
-        self._kernel, self._constants = kernel, tuple(constants.values())
+        self.kernel, self._constants = kernel, tuple(constants.values())
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        self._kernel[(programs, 1, 1)](*arguments, *self._constants)
+        self.kernel[(programs, 1, 1)](*arguments, *self._constants)
 
 
 def _config(rows: int, warps: int) -> Config:

@@ -85,6 +85,15 @@ def one_config(rows: Iterable[Row], text: str, everything: Iterable[Row]) -> Con
     raise _not_one("--config", text, len(found), names)
 
 
+def one_trial(store: Store, key: str, config: str) -> Trial:
+    """Returns the one trial whose hashes begin with ``key`` and ``config``. Raises WrongUsage as ``one_key`` does."""
+    everything = store.find(Trial)
+    found_key = one_key([row for row in everything if key_of(row).startswith(key)], key, everything)
+    rows = [row for row in everything if key_of(row) == found_key]
+    wanted = one_config([row for row in rows if row.config.hash.startswith(config)], config, rows)
+    return next(row for row in rows if row.config == wanted)
+
+
 def short(name: str) -> str:
     """Returns the part of a hash that people are shown."""
     return name[:SHOWN]

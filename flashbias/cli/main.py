@@ -18,7 +18,7 @@ from typing import Final
 import flashbias
 from autotune.errors import AutotuneError, SettingsError
 from cache_db.errors import CacheError
-from flashbias.cli import quarantine, verify
+from flashbias.cli import ptx, quarantine, run, trials, verify
 from flashbias.cli.database import WrongUsage
 from flashbias.errors import FlashBiasError
 from flashbias.settings import current
@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-dir", type=Path, metavar="DIR", help="folder of the database (default: as for the library)"
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    verify.add_parser(commands, common)
+    for command in (verify, trials, ptx, run):
+        command.add_parser(commands, common)
     cache = commands.add_parser("cache", help="look into the tuning database")
     parts = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
     quarantine.add_parser(parts, common)

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from autotune.messages import summary
 from cache_db.errors import CacheError
-from cache_db.models import Problem, Trial, Verification, Winner
+from cache_db.models import Problem, Verification, Winner
 from flashbias.cli import findings
 from flashbias.cli.database import (
     WrongUsage,
     about,
     key_of,
-    one_config,
-    one_key,
+    one_trial,
     open_store,
     prefix,
     short,
@@ -46,7 +45,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--key", type=prefix, help="first digits of the hash of the key (problem and kernel)")
     parser.add_argument("--config", type=prefix, help="first digits of the config's hash")
-    parser.add_argument("--seed", type=_seed, help="draw other inputs (default: those of the stored trial)")
+    parser.add_argument("--seed", type=seed, help="draw other inputs (default: those of the stored trial)")
     parser.add_argument("--repeats", type=_repeats, metavar="N", help="race repeats (default: those of the gate)")
     parser.add_argument("--all", action="store_true", help="prove every stored winner of this device's problems")
     parser.add_argument("--device", type=int, metavar="N", help="CUDA device (default: the current one)")
@@ -71,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _verify_one(store: Store, options: argparse.Namespace) -> int:
-    trial = _trial(store, options.key, options.config)
+    trial = one_trial(store, options.key, options.config)
     upstream = through(store, trial)
     device = device_of(options.device)
     from autotune.reproof import mismatch, rerun
@@ -80,10 +79,10 @@ def _verify_one(store: Store, options: argparse.Namespace) -> int:
     reason = mismatch(trial.problem, device)
     if reason is not None:
         raise WrongUsage(f"the trial cannot be repeated here: {reason}. Run this where the trial was made")
-    seed = trial.seed if options.seed is None else options.seed
-    _tell(f"proving {trial.kernel} {trial.config} with seed {seed} on {device.name}")
+    drawn = trial.seed if options.seed is None else options.seed
+    _tell(f"proving {trial.kernel} {trial.config} with seed {drawn} on {device.name}")
     layers = Layers(store.path)
-    outcome, judgement = rerun(trial, upstream, device, current(), layers, seed, options.repeats)
+    outcome, judgement = rerun(trial, upstream, device, current(), layers, drawn, options.repeats)
     fault = _keep(store, [judgement])
     if options.json:
         print(json.dumps(findings.as_json(trial, upstream, outcome) | {"stored": not fault}, indent=1))
@@ -92,15 +91,6 @@ def _verify_one(store: Store, options: argparse.Namespace) -> int:
         if not fault:
             print(f"stored    as a verification in {store.path}")
     return int(not outcome.safe or fault)
-
-
-def _trial(store: Store, key: str, config: str) -> Trial:
-    """Returns the one trial whose hashes begin so."""
-    everything = store.find(Trial)
-    found_key = one_key([row for row in everything if key_of(row).startswith(key)], key, everything)
-    rows = [row for row in everything if key_of(row) == found_key]
-    wanted = one_config([row for row in rows if row.config.hash.startswith(config)], config, rows)
-    return next(row for row in rows if row.config == wanted)
 
 
 def _verify_all(store: Store, options: argparse.Namespace) -> int:
@@ -190,14 +180,15 @@ def _tell(text: str) -> None:
     print(f"verify: {text}", file=sys.stderr, flush=True)
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
+    """Returns the seed that ``text`` means, for argparse."""
     try:
-        seed = int(text)
+        number = int(text)
     except ValueError:
-        seed = SEED_LIMIT
-    if not -SEED_LIMIT <= seed < SEED_LIMIT:
+        number = SEED_LIMIT
+    if not -SEED_LIMIT <= number < SEED_LIMIT:
         raise argparse.ArgumentTypeError(f"expected a whole number of 64 bits, got {text!r}")
-    return seed
+    return number
 
 
 def _repeats(text: str) -> int:

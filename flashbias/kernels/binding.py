@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import _allocation
 
+from autotune import occupancy
 from cache_db.models import Scalar
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ _UNALIGNED = frozenset(
 class Binary:
     """A compiled kernel. ``binary`` is the SHA-256 of its machine code, "" in the interpreter.
 
-    ``split`` says how a kernel that splits keys does, and ``combine`` is what merges its splits.
+    ``facts`` are the figures that its compiler knows. ``split`` says how a kernel that splits keys does, and ``combine``
+    is what merges its splits.
     """
 
     function: Any
@@ -83,9 +85,21 @@ class Binary:
     constants: Mapping[str, Any]
     arguments: tuple[str, ...]
     binary: str
-    stats: Mapping[str, Scalar] = field(default_factory=dict)
+    facts: Mapping[str, Scalar] = field(default_factory=dict)
     split: Split | None = None
     combine: Binary | None = None
+
+    @property
+    def stats(self) -> Mapping[str, Scalar]:
+        """The figures known by now, without those of ``combine``: once it is loaded also registers, spills, occupancy."""
+        return {**self.facts, **occupancy.figures(self.compiled)}
+
+    @property
+    def assembly(self) -> Mapping[str, str | bytes]:
+        """What the compiler made, from Triton's IR to machine code, by suffix; none in the interpreter."""
+        own = {} if self.compiled is None else dict(self.compiled.asm)
+        combine = {} if self.combine is None else self.combine.assembly
+        return own | {f"combine.{suffix}": made for suffix, made in combine.items()}
 
     def load(self) -> Binary:
         """Loads the machine code onto the current device, and Triton's C launcher with it; raises what that raises."""
