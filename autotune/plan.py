@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from autotune import spaces
 from autotune.judgements import Judgement, Judgements
 from autotune.scene import Scene
 from autotune.settings import Mode
@@ -18,7 +19,7 @@ INTERPRETER_CANDIDATES: Final = 3
 class Plan:
     """What one kernel's sweep starts from: the candidates allowed, those to compile, and safe trials that still stand.
 
-    ``related`` are the hashes of configs that won a similar problem.
+    ``related`` are the hashes of configs that won a similar problem. ``pinned``: the one candidate is the kernel's pin.
     """
 
     kernel: str
@@ -28,10 +29,11 @@ class Plan:
     related: frozenset[str]
     total: int
     judgements: Judgements
+    pinned: bool = False
 
     @classmethod
     def of(cls, scene: Scene, kernel: str) -> Plan:
-        """Reads candidates from the spec and earlier trials from the store; configs that won elsewhere come first."""
+        """Reads candidates from spec and space, and earlier trials from the store; what won elsewhere comes first."""
         allowed = [
             config
             for config in dict.fromkeys(scene.spec.candidates(kernel, scene.problem, scene.device))
@@ -39,7 +41,10 @@ class Plan:
         ]
         if scene.device.interpreted:
             allowed = allowed[:INTERPRETER_CANDIDATES]
-        used = [config for config in allowed if scene.settings.allows(config.implementation)]
+        allowed = list(dict.fromkeys([*allowed, *_added(scene, kernel)]))
+        pin = scene.pins.get(kernel)
+        wanted = allowed if pin is None else [pin.config]
+        used = [config for config in wanted if scene.settings.allows(config.implementation)]
         neighbours = [scene.store.winners(problem) for problem in scene.store.nearest(scene.problem)]
         related = frozenset(rows[kernel].config.hash for rows in neighbours if kernel in rows)
         used.sort(key=lambda config: config.hash not in related)
@@ -55,7 +60,8 @@ class Plan:
         to_compile = tuple(
             config for config in used if config.hash not in proven and judgements.bar(config, {}) is None
         )
-        return cls(kernel, tuple(used), to_compile, proven, related, len(allowed), judgements)
+        total = len(allowed)
+        return cls(kernel, tuple(used), to_compile, proven, related, total, judgements, pinned=pin is not None)
 
     def barred(self, config: Config, through: Mapping[str, str]) -> Trial | None:
         """Returns, as a trial, what keeps ``config`` from running here behind the configs ``through``."""
@@ -63,3 +69,26 @@ class Plan:
         if bar is None or isinstance(bar, Trial):
             return bar
         return Trial(**{name: getattr(bar, name) for name in type(bar).model_fields}, seconds=0.0)
+
+
+def exhausted(scene: Scene) -> bool:
+    """Returns whether every config that the space offers has been tried; the pin of a kernel stands for all of its."""
+    return not any(_untried(scene, kernel) for kernel in scene.kernels if kernel not in scene.pins)
+
+
+def _untried(scene: Scene, kernel: str) -> set[str]:
+    """Returns the hashes of what the space offers for ``kernel`` and nothing is known of since its last lift."""
+    offered = {config.hash for config in _added(scene, kernel) if scene.settings.allows(config.implementation)}
+    if not offered:
+        return offered
+    judgements = scene.judgements(kernel)
+    rows = [*judgements.trials(), *judgements.unsafe()]
+    return offered - {row.config.hash for row in rows if not judgements.lifted(row)}
+
+
+def _added(scene: Scene, kernel: str) -> tuple[Config, ...]:
+    """Returns what the caller's own space adds to the candidates of ``kernel``."""
+    if scene.settings.space is None:
+        return ()
+    added = spaces.offer(scene.settings.space, kernel, scene.problem, scene.device).configs
+    return added[:INTERPRETER_CANDIDATES] if scene.device.interpreted else added

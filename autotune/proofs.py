@@ -1,4 +1,4 @@
-"""Which configs may run: stored winners that still hold, and the ladder below them.
+"""Which configs may run: pins and stored winners that still hold, and the ladder below them.
 
 A proof holds for one environment (driver, ptxas, torch), one binary and the exact configs of the kernels it was judged
 through. When any of these differ the config is proven again, in seconds, and the new proof is stored, so that a whole
@@ -8,7 +8,7 @@ cluster does it once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from cache_db.models import Config, Verdict, Winner
 
 __all__ = ["Adoption", "Choice", "Prover", "Scene"]
 
-Rung = Literal["winner", "neighbour", "default"]
+Rung = Literal["pinned", "winner", "neighbour", "default"]
 NEIGHBOURS = 2
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,17 @@ class Prover:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
 
-    def adopt(self, winners: Mapping[str, Winner]) -> Adoption:
-        """Returns the stored ``winners`` as choices if every kernel has one that may run here and now."""
+    def adopt(self, winners: Mapping[str, Winner], kernels: Sequence[str] | None = None) -> Adoption:
+        """Returns pins, and stored ``winners`` where there is none, if every kernel has one that may run here and now.
+
+        ``kernels`` asks for those alone, in the order they run.
+        """
         choices: dict[str, Choice] = {}
-        for kernel in self._scene.kernels:
+        for kernel in self._scene.kernels if kernels is None else kernels:
+            pinned = self._pinned(kernel, choices)
+            if pinned is not None:
+                choices[kernel] = pinned
+                continue
             winner = winners.get(kernel)
             if winner is None:
                 return Adoption({}, f"no winner of {kernel} is stored")
@@ -66,12 +73,18 @@ class Prover:
                     {}, f"the stored winner of {kernel} failed its proof here: {proof.verdict}, {proof.reason}"
                 )
             choices[kernel] = Choice(winner.config, "winner", proof.level, proof.binary)
-        return Adoption(choices, _report(winners), all(winners[kernel].complete for kernel in choices))
+        won = {kernel: winners[kernel] for kernel, choice in choices.items() if choice.rung == "winner"}
+        reason = "; ".join(filter(None, (_report(won), _pins(choices))))
+        return Adoption(choices, reason, all(winner.complete for winner in won.values()))
 
     def descend(self, winners: Mapping[str, Winner]) -> Adoption:
         """Returns the best choice of each kernel down the ladder; empty when one kernel has nothing that passes."""
         choices: dict[str, Choice] = {}
         for kernel in self._scene.kernels:
+            pinned = self._pinned(kernel, choices)
+            if pinned is not None:
+                choices[kernel] = pinned
+                continue
             last = "every rung is refused by the rules"
             for rung, config in self._rungs(kernel, winners):
                 proof = (
@@ -103,6 +116,17 @@ class Prover:
         outcome = scene.prove(kernel, config, through, level)
         scene.note(kernel, config, outcome, through)
         return outcome
+
+    def _pinned(self, kernel: str, chosen: Mapping[str, Choice]) -> Choice | None:
+        """Returns the pin of ``kernel`` if a gate's proof of it holds or can be made here; one that fails is dropped."""
+        pin = self._scene.pins.get(kernel)
+        if pin is None:
+            return None
+        proof = self.proof(kernel, pin.config, chosen, 2)
+        if proof.verdict is Verdict.SAFE:
+            return Choice(pin.config, "pinned", proof.level, proof.binary)
+        self._scene.drop_pin(kernel, f"{proof.verdict}, {proof.reason}")
+        return None
 
     def _certify(self, kernel: str, winner: Winner, chosen: Mapping[str, Choice]) -> Outcome:
         """Returns the winner row itself as proof where it still holds, otherwise a proof.
@@ -160,6 +184,13 @@ def _told(row: Judgement) -> Outcome:
 
 
 def _report(winners: Mapping[str, Winner]) -> str:
-    """Returns "12 of 40 tried" for the kernels whose sweep ended early, else a plain statement."""
+    """Returns "12 of 40 tried" for the kernels whose sweep ended early, else a plain statement; "" without winners."""
+    if not winners:
+        return ""
     partial = [f"{name}: {row.tried} of {row.total} tried" for name, row in winners.items() if not row.complete]
     return "stored winner" + (f" ({', '.join(partial)})" if partial else "")
+
+
+def _pins(choices: Mapping[str, Choice]) -> str:
+    pinned = [kernel for kernel, choice in choices.items() if choice.rung == "pinned"]
+    return f"pinned: {', '.join(pinned)}" if pinned else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING
 from autotune.device import DeviceInfo
 from autotune.judgements import Judgements
 from autotune.lease import hostname
+from autotune.messages import summary
 from autotune.place import Place
 from autotune.sandbox import GateFault, Outcome, Sandbox
 from autotune.settings import Settings
 from autotune.spec import KernelSpec
-from cache_db.models import FINAL, Config, Lift, Problem, Trial, Verification
+from cache_db.models import FINAL, Config, Lift, Pin, Problem, Trial, Verification
 
 if TYPE_CHECKING:
     from cache_db import Layers
@@ -46,6 +48,30 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.kernels = self.spec.kernels(self.problem)
+
+    @functools.cached_property
+    def pins(self) -> dict[str, Pin]:
+        """The pins that the rules allow here, by kernel, as they were when first asked for, short of those dropped."""
+        found = self.store.pins(self.problem)
+        refusals = {kernel: self.refuses(kernel, pin.config) for kernel, pin in found.items() if kernel in self.kernels}
+        for kernel, refusal in refusals.items():
+            if refusal is not None:
+                self._pin_warning(found[kernel], refusal)
+        return {kernel: found[kernel] for kernel, refusal in refusals.items() if refusal is None}
+
+    def drop_pin(self, kernel: str, reason: str) -> None:
+        """Goes on as if ``kernel`` had no pin, and says why; the stored pin stays."""
+        self._pin_warning(self.pins.pop(kernel), reason)
+
+    def _pin_warning(self, pin: Pin, reason: str) -> None:
+        logger.warning(
+            "%s: the pin of %s (key %.12s), %s, is not used here: %s; going on as if there were none",
+            summary(self.problem),
+            pin.kernel,
+            self.problem.key(pin.kernel),
+            pin.config,
+            reason,
+        )
 
     def requires(self, kernel: str) -> list[str]:
         """Returns all kernels that ``kernel`` needs, directly or not, in the order they run."""

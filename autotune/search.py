@@ -33,6 +33,7 @@ RESERVE_SECONDS: Final = 3.0  # of each kernel's share, for the final and the wi
 WINNER_REPEATS: Final = 10_000
 QUICK_ROUNDS: Final = 5
 FINAL_ROUNDS: Final = 50
+PATIENCE_SECONDS: Final = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,15 @@ class Sweep:
         self.seconds = min(scene.settings.budget_seconds, limit)
         self._plans = {kernel: Plan.of(scene, kernel) for kernel in scene.kernels}
         self.failure = ""
+        self.failed: str | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
         """How many candidates each kernel has."""
-        return {kernel: plan.total for kernel, plan in self._plans.items()}
+        return {kernel: 1 if plan.pinned else plan.total for kernel, plan in self._plans.items()}
 
     def run(self) -> dict[str, Winner]:
-        """Returns a winner of every kernel, or nothing, and why in ``failure``, when some kernel has none.
+        """Returns a winner of every kernel, or nothing, and why in ``failure``, when one (``failed``) has none.
 
         Raises SuspectDevice, with no trial left in force, when the GPU does not repeat a reference computation.
         """
@@ -65,7 +67,8 @@ class Sweep:
             with Watch(scene):
                 return self._tune(compilation, deadline)
         finally:
-            compilation.close(0.0)
+            # Without its pin the kernel that failed is swept at once, with compiles of its own.
+            compilation.close(PATIENCE_SECONDS if self.failed in scene.pins else 0.0)
 
     def _tune(self, compilation: Compilation, deadline: float) -> dict[str, Winner]:
         scene = self._scene
@@ -78,6 +81,7 @@ class Sweep:
             winner = sweep.run(now + share, share)
             compilation.abandon(kernel)
             if winner is None:
+                self.failed = kernel
                 self.failure = f"no candidate of {kernel} passed ({sweep.tally()})"
                 return {}
             winners[kernel] = winner
@@ -231,7 +235,7 @@ class KernelSweep:
             ms=candidate.ms,
             tried=tried,
             total=self._plan.total,
-            complete=tried == self._plan.total,
+            complete=tried == self._plan.total and not self._plan.pinned,
             proven_with=hashes(self._through),
             binary=candidate.trial.binary,
             environment=self._scene.device.environment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,7 @@ from autotune.errors import SettingsError
 
 LOG_LEVELS: Final = ("quiet", "info", "debug")
 INTERPRETER_SECONDS: Final = 20.0
+_SPACE: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class Mode(StrEnum):
@@ -32,7 +34,8 @@ class Settings:
     even over a stored winner, ``off`` uses no database. ``cache_dir``: folder of the database, None for memory only.
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
     tunes the same problem. ``implementations``: the only ones allowed, empty for all. ``log``: quiet, info or debug.
-    ``finish``: whether a winner whose sweep ran out of budget is swept on. ``cure``: what messages tell the user to do
+    ``finish``: whether a winner whose sweep ran out of budget is swept on. ``space``: the ``module:attribute`` of
+    candidates of the caller's own, see :mod:`autotune.spaces`. ``cure``: what messages tell the user to do
     against tuning at the first call, ``remedy`` against running without a tuned kernel.
 
     Raises SettingsError (a ValueError) for any other value.
@@ -45,6 +48,7 @@ class Settings:
     implementations: tuple[str, ...] = ()
     log: str = "info"
     finish: bool = False
+    space: str | None = None
     cure: str = 'use mode "read", or tune it beforehand'
     remedy: str = "tune it beforehand"
 
@@ -54,11 +58,13 @@ class Settings:
             raise SettingsError(f"log: expected one of {', '.join(LOG_LEVELS)}, got {self.log!r}")
         _seconds("budget_seconds", self.budget_seconds, positive=True)
         _seconds("wait_seconds", self.wait_seconds, positive=False)
+        if self.space is not None and not (isinstance(self.space, str) and _SPACE.fullmatch(self.space)):
+            raise SettingsError(f"space: expected module:attribute, got {self.space!r}")
 
     @property
-    def identity(self) -> tuple[Mode, Path | None, tuple[str, ...], bool]:
+    def identity(self) -> tuple[Mode, Path | None, tuple[str, ...], bool, str | None]:
         """The settings that may change which config is chosen."""
-        return self.mode, self.cache_dir, self.implementations, self.finish
+        return self.mode, self.cache_dir, self.implementations, self.finish, self.space
 
     def allows(self, implementation: str) -> bool:
         """Returns whether configs of ``implementation`` may be used."""

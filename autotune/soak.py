@@ -49,32 +49,31 @@ class Soaked:
 def soak(problem: Problem, device: DeviceInfo, settings: Settings, store: Layers, repeats: int) -> list[Soaked]:
     """Puts the stored winners of ``problem`` through ``repeats`` race repeats each, and all cases with ``PARTS`` new seeds.
 
-    Kernels come in running order, each behind the winners before it; the first that fails ends it. Who passed has level
-    3 and its count stored, who failed its verdict. A winner that has passed as many before is not run again.
+    Kernels come in running order, each behind what runs before it; the first that fails ends it. Who passed has level 3
+    and its count stored, who failed its verdict. A winner that has passed as many before is not run again, nor is one
+    that does not run because its kernel is pinned.
 
     Raises AutotuneError when no child starts, the gate cannot judge, or the device is suspect.
     """
     with Sandbox(problem, device, limits(device, settings)) as sandbox:
         scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
-        winners = scene.store.winners(problem)
+        stored = scene.store.winners(problem)
+        winners = {kernel: stored[kernel] for kernel in scene.kernels if kernel in stored and kernel not in scene.pins}
         known = {kernel: _passed(scene, winner) for kernel, winner in winners.items()}
         if all(count >= repeats for count in known.values()):
-            return [
-                Soaked(winners[kernel], Verdict.SAFE, known[kernel], already=True)
-                for kernel in scene.kernels
-                if kernel in winners
-            ]
+            return [Soaked(winners[kernel], Verdict.SAFE, count, already=True) for kernel, count in known.items()]
         with Watch(scene):
             return list(_soak(scene, winners, known, repeats))
 
 
 def _soak(scene: Scene, winners: Mapping[str, Winner], known: Mapping[str, int], repeats: int) -> Iterator[Soaked]:
-    for kernel in (name for name in scene.kernels if name in winners):
-        winner = winners[kernel]
+    running = {kernel: winner.config for kernel, winner in winners.items()}
+    running |= {kernel: pin.config for kernel, pin in scene.pins.items()}
+    for kernel, winner in winners.items():
         if known[kernel] >= repeats:
             yield Soaked(winner, Verdict.SAFE, known[kernel], already=True)
             continue
-        through = scene.upstream(kernel, {name: row.config for name, row in winners.items()})
+        through = scene.upstream(kernel, running)
         outcome, done = _parts(scene, kernel, winner.config, through, repeats)
         _keep(scene, winner, through, outcome, done)
         yield Soaked(winner, outcome.verdict, done, outcome.reason)

@@ -100,7 +100,8 @@ class KernelSpec(Protocol):
     """What a kernel must say of itself. All methods are pure but ``compile`` and ``launch``.
 
     A spec may have one more method, ``axes(output) -> tuple[str, ...]``: the names of an output's dimensions short of
-    a row's elements, for reports. The one called "row" is told in ranges. And its module may have a function
+    a row's elements, for reports. The one called "row" is told in ranges. And an attribute ``every_kernel``, the names of
+    the kernels of all its problems, where not every problem has them all. Its module may have a function
     ``source() -> str``, which returns the ``source_hash`` that its problems have today.
     """
 

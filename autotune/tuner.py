@@ -1,6 +1,6 @@
 """``resolve``: from a problem to the config every kernel of it shall run with.
 
-The order of events is DESIGN.md's "The life of a call": stored winner, else one sweep under a lease, else the ladder.
+The order of events is DESIGN.md's "The life of a call": stored pin or winner, or one sweep under a lease, or the ladder.
 Each process decides a problem once; the answer is then a dictionary lookup.
 """
 
@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autotune import spaces
 from autotune.device import DeviceInfo
-from autotune.errors import AutotuneError, CacheMiss
+from autotune.errors import AutotuneError, CacheMiss, SettingsError
 from autotune.lease import claim
 from autotune.messages import miss, remedy, summary
+from autotune.plan import exhausted
 from autotune.proofs import Adoption, Choice, Prover
 from autotune.sandbox import Limits, Sandbox
 from autotune.scene import Scene
@@ -84,8 +86,9 @@ os.register_at_fork(after_in_child=_process.renew_locks)
 def resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution:
     """Returns the configs ``problem`` runs with on ``device``, tuning it first if ``settings`` allow and need it.
 
-    Thread-safe; works from any thread. Raises CacheMiss in mode "assert" when nothing stored can be used. Ctrl-C during
-    a sweep keeps the finished trials, frees the lease and is raised again.
+    Thread-safe; works from any thread. Raises CacheMiss in mode "assert" when nothing stored can be used, SettingsError
+    where tuning is allowed and ``settings.space`` offers what is no config. Ctrl-C during a sweep keeps the finished
+    trials, frees the lease and is raised again.
     """
     key = (problem, device.index, settings.identity)
     known = _process.decided.get(key)
@@ -119,6 +122,7 @@ def forget() -> None:
     _process.decided.clear()
     _process.confirmed.clear()
     _process.stores.clear()
+    spaces.forget()
 
 
 def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution:
@@ -127,7 +131,7 @@ def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolu
         scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
         try:
             return _decide(scene)
-        except CacheMiss:
+        except (CacheMiss, SettingsError):
             raise
         except AutotuneError as error:
             reason = f"nothing could be proven: {error}"
@@ -136,11 +140,13 @@ def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolu
 
 
 def _decide(scene: Scene) -> Resolution:
-    """Returns the stored winners, or tunes, or takes the ladder."""
+    """Returns pins and stored winners, or tunes, or takes the ladder."""
     prover = Prover(scene)
     mode = scene.settings.mode
+    if scene.settings.space is not None and mode in (Mode.TUNE, Mode.RETUNE):
+        spaces.check(scene.settings.space, scene.problem, scene.device)  # its faults show even where a winner is stored
     stored = _stored(scene, prover)
-    if _satisfied(stored, scene.settings):
+    if _satisfied(scene, stored):
         return _resolution(scene, stored)
     if mode is Mode.ASSERT:
         raise CacheMiss(miss(scene.problem, scene.store, stored.reason))
@@ -169,7 +175,7 @@ def _tune(scene: Scene, prover: Prover) -> Resolution:
             return _resolution(scene, stored if stored.choices else Adoption({}, _taken(scene)))
         with held:
             stored = _stored(scene, prover)
-            if _satisfied(stored, scene.settings):
+            if _satisfied(scene, stored):
                 return _resolution(scene, stored)
             return _sweep(scene, prover, stored.reason)
 
@@ -188,6 +194,10 @@ def _sweep(scene: Scene, prover: Prover, reason: str) -> Resolution:
     )
     start = time.monotonic()
     winners = sweep.run()
+    while not winners and sweep.failed in scene.pins:
+        scene.drop_pin(sweep.failed, sweep.failure)
+        sweep = Sweep(scene)
+        winners = sweep.run()
     seconds = time.monotonic() - start
     if not winners:
         return _resolution(scene, Adoption({}, f"{sweep.failure} within {seconds:.0f} s"), swept=True)
@@ -198,12 +208,13 @@ def _sweep(scene: Scene, prover: Prover, reason: str) -> Resolution:
 def _keep(scene: Scene, prover: Prover, winners: Mapping[str, Winner]) -> Adoption:
     """Stores ``winners`` and returns them as read back, or as found when another process's rows may not be used here.
 
-    A sweep restricted to some implementations never replaces a winner of the full list.
+    A sweep restricted to some implementations, or to a kernel's pin, never replaces a winner of the full list.
     """
     before = scene.store.winners(scene.problem)
     restricted = bool(scene.settings.implementations)
     for kernel, winner in winners.items():
-        scene.store.put_winner(winner, replace=kernel in before and not restricted)
+        replaces = kernel in before and not restricted and kernel not in scene.pins
+        scene.store.put_winner(winner, replace=replaces)
     stored = prover.adopt(scene.store.winners(scene.problem))
     return stored if stored.choices else prover.adopt(winners)
 
@@ -217,14 +228,17 @@ def _descend(scene: Scene, prover: Prover, reason: str) -> Resolution:
 
 
 def _stored(scene: Scene, prover: Prover) -> Adoption:
-    """Returns what the database offers to begin with."""
+    """Returns what the database offers to begin with: in mode "retune" pins alone."""
     if scene.settings.mode is Mode.RETUNE:
-        return Adoption({}, 'mode "retune" ignores what is stored')
+        pinned = prover.adopt({})
+        return pinned if pinned.choices else Adoption({}, 'mode "retune" ignores what is stored')
     return prover.adopt(scene.store.winners(scene.problem))
 
 
-def _satisfied(stored: Adoption, settings: Settings) -> bool:
-    return bool(stored.choices) and (stored.complete or not settings.finish)
+def _satisfied(scene: Scene, stored: Adoption) -> bool:
+    if not stored.choices or not scene.settings.finish:
+        return bool(stored.choices)
+    return stored.complete and exhausted(scene)
 
 
 def _resolution(scene: Scene, found: Adoption, *, swept: bool = False) -> Resolution:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cache_db import rules
 from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
 from cache_db.memory import Memory
-from cache_db.models import Lease, Lift, Problem, Trial, Verification, Winner
+from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
 
 if TYPE_CHECKING:
     from cache_db.store import Store
@@ -118,6 +118,19 @@ class Layers:
         found = self._read(lambda store: store.lifts(problem, kernel)) or []
         found += [row for row in self._memory.lifts(problem, kernel) if row not in found]
         return sorted(found, key=lambda row: row.created_at)
+
+    def put_pin(self, pin: Pin) -> None:
+        """Stores a pin in place of its key's earlier one."""
+        self._write(lambda rows: rows.put_pin(pin))
+
+    def pins(self, problem: Problem) -> dict[str, Pin]:
+        """Returns kernel -> pin; a row that fails validation is skipped with a warning."""
+        return (self._read(lambda store: store.pins(problem)) or {}) | self._memory.pins(problem)
+
+    def remove_pin(self, key: str) -> bool:
+        """Deletes the pin of the key with this hash; returns whether there was one, valid or not."""
+        remembered = self._memory.remove_pin(key)
+        return self._write(lambda rows: rows.remove_pin(key)) or remembered
 
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
         """Takes the lease of a problem; None while someone else's stands. Without a file it binds this process only."""

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 
 from cache_db import rules
-from cache_db.models import Lease, Lift, Problem, Trial, Verification, Winner
+from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
 
 # Held for a few dict operations only, and across fork, so that no child starts with a lock nobody will open.
 _lock = threading.RLock()
@@ -25,6 +25,7 @@ class Memory:
         self._trials: dict[tuple[str, str], Trial] = {}
         self._verifications: dict[str, list[Verification]] = defaultdict(list)
         self._lifts: dict[str, list[Lift]] = defaultdict(list)
+        self._pins: dict[str, Pin] = {}
         self._winners: dict[str, dict[str, Winner]] = defaultdict(dict)
         self._leases: dict[str, Lease] = {}
 
@@ -99,6 +100,21 @@ class Memory:
             found = list(self._lifts.get(problem.hash, ()))
         return sorted((row for row in found if kernel in (None, row.kernel)), key=lambda row: row.created_at)
 
+    def put_pin(self, pin: Pin) -> None:
+        """Stores a pin in place of its key's earlier one."""
+        with _lock:
+            self._pins[pin.problem.key(pin.kernel)] = pin
+
+    def pins(self, problem: Problem) -> dict[str, Pin]:
+        """Returns kernel -> pin."""
+        with _lock:
+            return {pin.kernel: pin for pin in self._pins.values() if pin.problem == problem}
+
+    def remove_pin(self, key: str) -> bool:
+        """Deletes the pin of the key with this hash; returns whether there was one."""
+        with _lock:
+            return self._pins.pop(key, None) is not None
+
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
         """Takes the lease of a problem; None while someone else's stands."""
         now, seconds = time.time(), min(seconds, rules.LONGEST_LEASE)
@@ -140,6 +156,7 @@ class Memory:
                 "trials": len(self._trials),
                 "verifications": sum(map(len, self._verifications.values())),
                 "lifts": sum(map(len, self._lifts.values())),
+                "pins": len(self._pins),
                 "winners": sum(map(len, self._winners.values())),
                 "leases": len(self._leases),
                 "jobs": 0,

@@ -196,6 +196,18 @@ class Lift(_Row):
     created_at: Finite
 
 
+class Pin(_Row):
+    """The config that one key runs with instead of its winner, by the wish of ``pinned_by`` on ``host``."""
+
+    problem: Problem
+    kernel: str
+    config: Config
+    pinned_by: str
+    host: str
+    reason: str = ""
+    created_at: Finite
+
+
 class Winner(_Row):
     """The chosen config of one key. ``complete`` is False when the budget ended the sweep early."""
 

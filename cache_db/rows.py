@@ -15,11 +15,23 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from cache_db.errors import RowRefused
-from cache_db.models import Config, Environment, Lift, Problem, Scalar, Trial, Verdict, Verification, Winner, digest
+from cache_db.models import (
+    Config,
+    Environment,
+    Lift,
+    Pin,
+    Problem,
+    Scalar,
+    Trial,
+    Verdict,
+    Verification,
+    Winner,
+    digest,
+)
 
 logger = logging.getLogger(__name__)
 
-Row = TypeVar("Row", Trial, Verification, Winner, Lift)
+Row = TypeVar("Row", Trial, Verification, Winner, Lift, Pin)
 
 PROBLEM_COLUMNS = tuple(Problem.model_fields)
 ENVIRONMENT_COLUMNS = tuple(name for name in PROBLEM_COLUMNS if name != "fields")
@@ -51,7 +63,7 @@ def problem_columns(problem: Problem) -> dict[str, Any]:
     return {name: getattr(problem, name) for name in ENVIRONMENT_COLUMNS}
 
 
-def encode(row: Trial | Verification | Winner | Lift) -> dict[str, Any]:
+def encode(row: Trial | Verification | Winner | Lift | Pin) -> dict[str, Any]:
     """Returns ``row`` as one flat map of column to value."""
     data = row.model_dump()
     for part in _PARTS.keys() & data.keys():

@@ -133,7 +133,7 @@ verifications = Table(
     _number("created_at"),
 )
 
-# Younger than the others: a file made by version 0.1.0 gets this table with its first lift.
+# These two are younger than the others: a file made by version 0.1.0 gets them with its first lift, and its first pin.
 lifts = Table(
     "flashbias_lifts",
     metadata_,
@@ -143,6 +143,19 @@ lifts = Table(
     *_key_columns(),
     *_config_columns(),
     _text("lifted_by"),
+    _text("host"),
+    _text("reason"),
+    _number("created_at"),
+)
+
+pins = Table(
+    "flashbias_pins",
+    metadata_,
+    _hash("key_hash", primary_key=True),
+    _hash("config_hash"),
+    *_key_columns(),
+    *_config_columns(),
+    _text("pinned_by"),
     _text("host"),
     _text("reason"),
     _number("created_at"),
@@ -182,10 +195,12 @@ jobs = Table(
     _number("created_at"),
 )
 
+YOUNGER_TABLES = (lifts, pins)
 ROW_TABLES = {
     "trials": trials,
     "verifications": verifications,
     "lifts": lifts,
+    "pins": pins,
     "winners": winners,
     "leases": leases,
     "jobs": jobs,
@@ -218,9 +233,9 @@ def is_present(connection: Connection) -> bool:
     return True
 
 
-def has_lifts(connection: Connection) -> bool:
-    """Whether the database has a table of lifts."""
-    return inspect(connection).has_table(lifts.name)
+def lacks(connection: Connection, table: object) -> bool:
+    """Whether ``table`` is a younger one that the database does not have yet."""
+    return any(table is younger and not inspect(connection).has_table(younger.name) for younger in YOUNGER_TABLES)
 
 
 def create(connection: Connection) -> None:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cache_db import leases, rows, rules, schema
 from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
-from cache_db.models import FINAL, Lease, Lift, Problem, Trial, Verification, Winner
+from cache_db.models import FINAL, Lease, Lift, Pin, Problem, Trial, Verification, Winner
 
 BUSY_SECONDS = 30.0
 """How long a call waits for another process's transaction; the longest seen under 32 writers was 3.3 s."""
@@ -33,6 +33,7 @@ _TABLES: dict[type, Table] = {
     Verification: schema.verifications,
     Winner: schema.winners,
     Lift: schema.lifts,
+    Pin: schema.pins,
 }
 _DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 _IMMEDIATE = "flashbias_immediate"
@@ -170,6 +171,26 @@ class Store:
         order = (schema.lifts.c.created_at, schema.lifts.c.id)
         return rows.decode_all(Lift, self._fetch(_of(schema.lifts, problem, kernel).order_by(*order)))
 
+    def put_pin(self, pin: Pin) -> None:
+        """Stores a pin in place of its key's earlier one."""
+        values = rows.encode(pin)
+        statement = self._insert(schema.pins).values(values)
+        changed = {name: statement.excluded[name] for name in values if name != "key_hash"}
+        with self._writing() as connection:
+            schema.pins.create(connection, checkfirst=True)
+            connection.execute(statement.on_conflict_do_update(index_elements=[schema.pins.c.key_hash], set_=changed))
+
+    def pins(self, problem: Problem) -> dict[str, Pin]:
+        """Returns kernel -> pin; a row that fails validation is skipped with a warning."""
+        return {pin.kernel: pin for pin in rows.decode_all(Pin, self._fetch(_of(schema.pins, problem)))}
+
+    def remove_pin(self, key: str) -> bool:
+        """Deletes the pin of the key with this hash; returns whether there was one, valid or not."""
+        with self._writing() as connection:
+            if schema.lacks(connection, schema.pins):
+                return False
+            return connection.execute(schema.pins.delete().where(schema.pins.c.key_hash == key)).rowcount > 0
+
     def find(self, kind: type[rows.Row], key: str = "", config: str = "") -> list[rows.Row]:
         """Returns every row of ``kind`` whose key's and config's hashes begin with ``key`` and ``config``, oldest first."""
         table = _TABLES[kind]
@@ -204,11 +225,11 @@ class Store:
     def counts(self) -> dict[str, int]:
         """Returns the number of rows of each table."""
         with self._reading() as connection:
-            tables = dict(schema.ROW_TABLES)
-            missing = {} if schema.has_lifts(connection) else {"lifts": tables.pop("lifts")}
-            return dict.fromkeys(missing, 0) | {
-                name: connection.execute(select(func.count()).select_from(table)).scalar_one()
-                for name, table in tables.items()
+            return {
+                name: 0
+                if schema.lacks(connection, table)
+                else connection.execute(select(func.count()).select_from(table)).scalar_one()
+                for name, table in schema.ROW_TABLES.items()
             }
 
     def _create(self) -> None:
@@ -225,7 +246,7 @@ class Store:
 
     def _fetch(self, query: Select[Any]) -> list[Any]:
         with self._reading() as connection:
-            if schema.lifts in query.get_final_froms() and not schema.has_lifts(connection):
+            if any(schema.lacks(connection, table) for table in query.get_final_froms()):
                 return []
             return list(connection.execute(query).mappings())
 

@@ -48,6 +48,7 @@ class Changes(TypedDict, total=False):
     implementations: Sequence[str]
     log: str
     finish: bool
+    space: str | None
 
 
 def current() -> Settings:
@@ -65,7 +66,8 @@ def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
     tunes the same problem. ``implementations``: the only ones allowed, () for all. ``log``: quiet, info or debug (loggers
     belong to the process, so this one setting is seen by every thread). ``finish``: tune on where an earlier sweep ran
-    out of budget.
+    out of budget, or has not tried all of ``space``. ``space``: "module:attribute" of candidates of your own, which sweeps
+    try beside the library's; None for none (docs/research.md).
 
     Raises SettingsError (a ValueError) for an unknown name or a wrong value.
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import getpass
+import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from autotune.messages import summary
 from cache_db.layers import FILE_NAME
-from cache_db.models import Config, Lift, Problem, Trial, Verification, Winner
+from cache_db.models import Config, Lift, Pin, Problem, Trial, Verification, Winner
 from flashbias.errors import FlashBiasError
 from flashbias.settings import current
 
@@ -21,7 +24,7 @@ SHOWN: Final = 12  # hexadecimal digits of a hash that people are shown
 LISTED: Final = 20
 _HEX: Final = re.compile(r"[0-9a-f]{1,64}")
 
-Row = Trial | Verification | Winner | Lift
+Row = Trial | Verification | Winner | Lift | Pin
 
 
 class WrongUsage(FlashBiasError):
@@ -97,6 +100,22 @@ def one_trial(store: Store, key: str, config: str) -> Trial:
 def short(name: str) -> str:
     """Returns the part of a hash that people are shown."""
     return name[:SHOWN]
+
+
+def when(seconds: float) -> str:
+    """Returns a time as people read it; a row's may be anything."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, OSError, ValueError):
+        return f"at {seconds:g} s"
+
+
+def user() -> str:
+    """Returns who runs this command; a container's user may have no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return f"uid {os.getuid()}"
 
 
 def through(store: Store, trial: Trial) -> dict[str, Config]:

@@ -1,4 +1,4 @@
-"""The command ``flashbias``: looks into the tuning database and proves again what it holds.
+"""The command ``flashbias``: looks into the tuning database, proves again what it holds, and pins configs in it.
 
 Results go to stdout, progress and complaints to stderr. The exit code is 0 when all is well, 1 when something is
 unsafe or failed, 2 for wrong usage, 130 after Ctrl-C.
@@ -18,7 +18,7 @@ from typing import Final
 import flashbias
 from autotune.errors import AutotuneError, SettingsError
 from cache_db.errors import CacheError
-from flashbias.cli import ptx, quarantine, run, trials, verify
+from flashbias.cli import pin, ptx, quarantine, run, trials, verify
 from flashbias.cli.database import WrongUsage
 from flashbias.errors import FlashBiasError
 from flashbias.settings import current
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (verify, trials, ptx, run):
         command.add_parser(commands, common)
+    pin.add_parsers(commands, common)
     cache = commands.add_parser("cache", help="look into the tuning database")
     parts = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
     quarantine.add_parser(parts, common)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from autotune import AutotuneError, DeviceInfo, Mode, Resolution, Settings, resolve
+from autotune import AutotuneError, DeviceInfo, Mode, Resolution, Settings, resolve, spaces
 from autotune.messages import summary
 from autotune.progress import remaining
 from autotune.soak import INTERPRETER_REPEATS, REPEATS
+from autotune.spec import load
 from cache_db.models import Problem
 from flashbias.cli import shapes
 from flashbias.cli.devices import device as device_of
@@ -36,8 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = _problems(shapes.from_arguments(options), device)
         mode = Mode.RETUNE if options.retune else Mode.TUNE
         folder = options.cache_dir or current().cache_dir
+        if options.space is not None:
+            # As `python -m` would, but last: nothing there may shadow what is installed.
+            sys.path.append(str(Path.cwd()))
         with settings(
-            mode=mode, cache_dir=folder, budget_seconds=options.budget, wait_seconds=options.budget, finish=True
+            mode=mode,
+            cache_dir=folder,
+            budget_seconds=options.budget,
+            wait_seconds=options.budget,
+            finish=True,
+            space=options.space,
         ) as chosen:
             return warm(problems, device, chosen, _repeats(options.soak, device))
     except (FlashBiasError, AutotuneError) as error:
@@ -58,6 +67,8 @@ def warm(problems: Sequence[Problem], device: DeviceInfo, chosen: Settings, repe
     for number, each in enumerate(problems):
         left = f", {remaining(number, len(problems), time.monotonic() - start)} left" if number else ""
         print(f"[{number + 1}/{len(problems)}{left}] {summary(each)}", flush=True)
+        for line in _offered(each, device, chosen):
+            print(f"    {line}", flush=True)
         before = time.monotonic()
         found = resolve(each, device, chosen)
         if repeats and _won(found):
@@ -82,7 +93,20 @@ def _count(text: str) -> int:
 
 
 def _won(found: Resolution) -> bool:
-    return bool(found.choices) and all(choice.rung == "winner" for choice in found.choices.values())
+    return bool(found.choices) and all(choice.rung in ("winner", "pinned") for choice in found.choices.values())
+
+
+def _offered(each: Problem, device: DeviceInfo, chosen: Settings) -> Iterator[str]:
+    """Yields what the space adds to each kernel's candidates, and how many of its configs the rules refuse, and why."""
+    if chosen.space is None:
+        return
+    for kernel in load(each.spec).kernels(each):
+        offer = spaces.offer(chosen.space, kernel, each, device)
+        line = f"{chosen.space}: {len(offer.configs)} configs for {kernel}"
+        if offer.refused:
+            config, reason = offer.refused[0]
+            line += f", {len(offer.refused)} refused by the rules, the first: {config}: {reason}"
+        yield line
 
 
 def _told(found: Resolution, seconds: float) -> str:
@@ -113,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cache-dir", type=Path, help="folder of the database (default: as for the library)")
     parser.add_argument("--device", type=int, metavar="N", help="CUDA device (default: the current one)")
+    parser.add_argument(
+        "--space", metavar="MODULE:ATTRIBUTE", help="candidates of your own, tried and proven beside the others"
+    )
     parser.add_argument("--retune", action="store_true", help="sweep again over stored winners")
     parser.add_argument(
         "--soak",

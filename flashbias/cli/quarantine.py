@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from autotune.judgements import QUARANTINE_SECONDS, Judgement, Judgements, Reach
@@ -17,7 +14,7 @@ from autotune.lease import hostname
 from autotune.messages import summary
 from autotune.place import Place
 from cache_db.models import Lift, Trial, Verification
-from flashbias.cli.database import WrongUsage, about, key_of, one_config, one_key, open_store, prefix, short
+from flashbias.cli.database import WrongUsage, about, key_of, one_config, one_key, open_store, prefix, short, user, when
 
 if TYPE_CHECKING:
     from cache_db.store import Store
@@ -85,7 +82,7 @@ def _lift(store: Store, row: Judgement, rows: Sequence[Judgement]) -> None:
         problem=row.problem,
         kernel=row.kernel,
         config=row.config,
-        lifted_by=_user(),
+        lifted_by=user(),
         host=hostname(),
         reason=f"lifted by hand: {verdicts}",
         created_at=max(time.time(), *(each.created_at for each in rows)),
@@ -113,18 +110,18 @@ def _lines(judgements: Judgements, row: Judgement) -> list[str]:
         f"    {row.config}",
         f"    {summary(row.problem)} on {row.problem.gpu_name}",
         f"    {row.reason or 'no reason given'}",
-        f"    judged on {row.host}{f', {row.gpu_uuid}' if row.gpu_uuid else ''}, {_when(row.created_at)}",
+        f"    judged on {row.host}{f', {row.gpu_uuid}' if row.gpu_uuid else ''}, {when(row.created_at)}",
     ]
 
 
 def _where(judgements: Judgements, row: Judgement) -> str:
     """Returns where ``row`` holds, in words."""
     reach = judgements.reach(row)
-    until = _when(row.created_at + QUARANTINE_SECONDS)
+    until = when(row.created_at + QUARANTINE_SECONDS)
     if reach is Reach.LIFTED:
         given = judgements.lift(row.config)
         assert given is not None, "only a lift makes a row lifted"
-        return f"lifted by {given.lifted_by} on {given.host}, {_when(given.created_at)}"
+        return f"lifted by {given.lifted_by} on {given.host}, {when(given.created_at)}"
     return {
         Reach.EVERYWHERE: "holds everywhere",
         Reach.HERE: f"holds here until {until}",
@@ -157,19 +154,3 @@ def _data(judgements: Judgements, row: Judgement) -> dict[str, object]:
         "holds_here": reach in (Reach.EVERYWHERE, Reach.HERE),
         "lifted": lifted,
     }
-
-
-def _when(seconds: float) -> str:
-    """Returns a time as people read it; a row's may be anything."""
-    try:
-        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-    except (OverflowError, OSError, ValueError):
-        return f"at {seconds:g} s"
-
-
-def _user() -> str:
-    """Returns who runs this command; a container's user may have no name."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return f"uid {os.getuid()}"

@@ -40,7 +40,7 @@ def soaked(
             return found
         forget()
         found = resolve(problem, device, replace(chosen, mode=Mode.TUNE))
-        if not found.choices or any(choice.rung != "winner" for choice in found.choices.values()):
+        if not found.choices or any(choice.rung not in ("winner", "pinned") for choice in found.choices.values()):
             return found
     return replace(found, choices={}, reason=f"{ROUNDS} winners in a row failed their soak")
 

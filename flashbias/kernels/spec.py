@@ -63,6 +63,8 @@ def softmax_scale(problem: Problem) -> float:
 class AttentionSpec:
     """Implements :class:`autotune.spec.KernelSpec` for the attention kernels."""
 
+    every_kernel: Final = space.KERNELS
+
     def kernels(self, problem: Problem) -> tuple[str, ...]:
         """Returns the forward alone, or with the backward passes that the wanted gradients need."""
         gradients = wanted(problem)

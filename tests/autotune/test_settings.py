@@ -36,6 +36,12 @@ def test_wrong_mode_lists_the_right_ones() -> None:
         ("wait_seconds", -0.1),
         ("wait_seconds", math.nan),
         ("log", "loud"),
+        ("space", ""),
+        ("space", "mine"),
+        ("space", "mine:"),
+        ("space", "my-module:configs"),
+        ("space", "mine:a:b"),
+        ("space", 7),
     ],
 )
 def test_impossible_value_is_refused_by_name(name: str, value: Any) -> None:
@@ -64,6 +70,7 @@ def test_only_choices_that_change_the_config_identify_settings() -> None:
     assert Settings(cache_dir=Path("elsewhere")).identity != base.identity
     assert Settings(mode=Mode.READ).identity != base.identity
     assert Settings(implementations=("triton",)).identity != base.identity
+    assert Settings(space="my.module:configs").identity != base.identity
 
 
 def test_empty_implementations_allow_everything() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cache_db.models import Config, Environment, Lift, Problem, Scalar, Trial, Verdict, Verification, Winner
+from cache_db.models import Config, Environment, Lift, Pin, Problem, Scalar, Trial, Verdict, Verification, Winner
 from cache_db.store import Store
 
 ENVIRONMENT = Environment(driver="580.1", ptxas="12.9", torch="2.13.0")
@@ -73,6 +73,20 @@ def lift(block: int = 64, at: Problem | None = None, **changes: Any) -> Lift:
         "created_at": 3000.0,
     }
     return Lift(**{**base, **changes})
+
+
+def pin(block: int = 64, at: Problem | None = None, **changes: Any) -> Pin:
+    """Returns the wish that one key runs with ``config(block)``."""
+    base: dict[str, Any] = {
+        "problem": at or problem(),
+        "kernel": "forward",
+        "config": config(block),
+        "pinned_by": "somebody",
+        "host": "node-1",
+        "reason": "to compare",
+        "created_at": 4000.0,
+    }
+    return Pin(**{**base, **changes})
 
 
 def winner(block: int = 64, at: Problem | None = None, **changes: Any) -> Winner:

@@ -132,6 +132,30 @@ class TestStorage:
         assert storage.lifts(later.problem, "backward_dq") == []
         assert storage.lifts(examples.problem(layout="strided")) == []
 
+    def test_pin_takes_the_place_of_its_keys_earlier_one(self, storage: Storage) -> None:
+        """A key has one pin, the latest; another kernel's and another problem's are others."""
+        first, second, backward = examples.pin(16), examples.pin(32), examples.pin(16, kernel="backward_dq")
+        elsewhere = examples.pin(64, at=examples.problem(layout="strided"))
+        for pin in (first, backward, second, elsewhere):
+            storage.put_pin(pin)
+        assert storage.pins(first.problem) == {"forward": second, "backward_dq": backward}
+        assert storage.pins(elsewhere.problem) == {"forward": elsewhere}
+        assert storage.counts()["pins"] == 3
+
+    def test_removed_pin_is_gone_and_nothing_else_is(self, storage: Storage) -> None:
+        """Removing says whether there was one; winners, trials and other pins stay."""
+        forward, backward = examples.pin(16), examples.pin(32, kernel="backward_dq")
+        assert not storage.remove_pin(forward.problem.key("forward"))
+        storage.put_winner(examples.winner(16))
+        storage.add_trial(examples.trial(16))
+        for pin in (forward, backward):
+            storage.put_pin(pin)
+        assert storage.remove_pin(forward.problem.key("forward"))
+        assert not storage.remove_pin(forward.problem.key("forward"))
+        assert storage.pins(forward.problem) == {"backward_dq": backward}
+        counts = storage.counts()
+        assert (counts["winners"], counts["trials"], counts["pins"]) == (1, 1, 1)
+
     def test_lease_keeps_others_out_until_released(self, storage: Storage) -> None:
         """One owner at a time; the owner may claim again; after release anyone may."""
         lease = storage.claim("p" * 64, "me", "host", 60.0)
@@ -198,13 +222,14 @@ class TestStorage:
 
     def test_counts_every_table(self, storage: Storage) -> None:
         """Each kind of row is counted under its table's name."""
-        empty = {"trials": 0, "verifications": 0, "lifts": 0, "winners": 0, "leases": 0, "jobs": 0}
+        empty = {"trials": 0, "verifications": 0, "lifts": 0, "pins": 0, "winners": 0, "leases": 0, "jobs": 0}
         assert storage.counts() == empty
         storage.add_trial(examples.trial(16))
         storage.add_trial(examples.trial(32))
         storage.add_verification(examples.verification())
         storage.add_lift(examples.lift())
+        storage.put_pin(examples.pin())
         storage.put_winner(examples.winner())
         storage.claim("p" * 64, "me", "host", 60.0)
-        counts = {"trials": 2, "verifications": 1, "lifts": 1, "winners": 1, "leases": 1, "jobs": 0}
+        counts = {"trials": 2, "verifications": 1, "lifts": 1, "pins": 1, "winners": 1, "leases": 1, "jobs": 0}
         assert storage.counts() == counts

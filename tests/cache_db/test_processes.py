@@ -74,7 +74,7 @@ def test_key_of_a_killed_owner_is_swept_by_another(start: Start, tmp_path: Path)
     lines = [line for process in processes for line in _finish(process).splitlines()]
     assert Counter(lines) == {f"{step} {key}": 1 for key in range(store_child.KEYS) for step in ("begin", "end")}
     assert Store.open(tmp_path / "flashbias.db").counts() | {"trials": 0} == {
-        "trials": 0, "verifications": 0, "lifts": 0, "winners": store_child.KEYS, "leases": 0, "jobs": 0,
+        "trials": 0, "verifications": 0, "lifts": 0, "pins": 0, "winners": store_child.KEYS, "leases": 0, "jobs": 0,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cache_db import open_layers, rows
 from cache_db.errors import RowRefused
 from cache_db.memory import Memory
-from cache_db.models import Config, Environment, Lift, Problem, Trial, Verdict, Verification, Winner
+from cache_db.models import Config, Environment, Lift, Pin, Problem, Trial, Verdict, Verification, Winner
 from cache_db.store import Store
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
@@ -70,22 +70,26 @@ LIFTS = st.builds(
 )
 
 
-@given(row=TRIALS | VERIFICATIONS | WINNERS | LIFTS)
-def test_encoded_row_decodes_to_itself(row: Trial | Verification | Winner | Lift) -> None:
+WISH = {name: PROOF[name] for name in ("problem", "kernel", "config", "created_at")}
+PINS = st.builds(Pin, **WISH, pinned_by=TEXT, host=TEXT, reason=TEXT)
+
+
+@given(row=TRIALS | VERIFICATIONS | WINNERS | LIFTS | PINS)
+def test_encoded_row_decodes_to_itself(row: Trial | Verification | Winner | Lift | Pin) -> None:
     """Coding loses nothing: not the type of a number, not its last bit, not a character."""
     again = rows.decode(type(row), rows.encode(row))
     assert again == row
     assert repr(again.model_dump()) == repr({**row.model_dump(), **_sorted(row)})
 
 
-def _sorted(row: Trial | Verification | Winner | Lift) -> dict[str, Any]:
+def _sorted(row: Trial | Verification | Winner | Lift | Pin) -> dict[str, Any]:
     """The maps of ``row`` in the order JSON keeps them."""
     dump = row.model_dump()
     ordered: dict[str, Any] = {
         "problem": dump["problem"] | {"fields": dict(sorted(row.problem.fields.items()))},
         "config": dump["config"] | {"params": dict(sorted(row.config.params.items()))},
     }
-    if not isinstance(row, Lift):
+    if not isinstance(row, Lift | Pin):
         ordered["proven_with"] = dict(sorted(row.proven_with.items()))
     if isinstance(row, Trial):
         ordered["figures"] = dict(sorted(row.figures.items()))
@@ -167,6 +171,24 @@ def test_refused_rows_are_skipped_counted_and_kept(tmp_path: Path, caplog: pytes
     assert store.counts()["trials"] == 5
     assert store.counts()["winners"] == 1
     assert store.neighbours(examples.problem(fields={"seqlen_q": 64}), examples.SOFT) == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["params = '{}'", "params = '[1]'", "kernel = 'backward_dq'", "created_at = 'abc'", "host = x'ff'"]
+)
+def test_edited_pin_is_skipped_with_a_warning_and_can_be_removed(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is no whole pin pins nothing, leaves the others of its problem alone, and goes when its key is unpinned."""
+    store = Store.open(tmp_path / "flashbias.db")
+    other = examples.pin(16, kernel="backward_dkdv")
+    for pin in (examples.pin(), other):
+        store.put_pin(pin)
+    _change(store.path, f"UPDATE flashbias_pins SET {damage} WHERE kernel = 'forward'")
+    assert store.pins(examples.problem()) == {"backward_dkdv": other}
+    assert "1 stored Pin row(s) ignored" in caplog.text
+    assert store.remove_pin(examples.problem().key("forward"))
+    assert store.counts()["pins"] == 1
 
 
 def test_unusable_winner_does_not_block_its_key(tmp_path: Path) -> None:
@@ -278,6 +300,16 @@ class StoreAgainstMemory(RuleBasedStateMachine):
         self.store.add_verification(proof)
         self.memory.add_verification(proof)
 
+    @rule(at=problems, kernel=kernels, block=blocks, kept=st.booleans())
+    def pin(self, at: Problem, kernel: str, block: int, kept: bool) -> None:
+        """Both sides pin alike, and say alike whether there was a pin to remove."""
+        pin = examples.pin(block, at, kernel=kernel)
+        if kept:
+            self.store.put_pin(pin)
+            self.memory.put_pin(pin)
+        else:
+            assert self.store.remove_pin(at.key(kernel)) == self.memory.remove_pin(at.key(kernel))
+
     @rule(owner=st.sampled_from(["me", "you"]), seconds=st.sampled_from([-1.0, 60.0]), end=st.booleans())
     def lease(self, owner: str, seconds: float, end: bool) -> None:
         """Both sides grant and refuse alike."""
@@ -294,6 +326,7 @@ class StoreAgainstMemory(RuleBasedStateMachine):
         assert self.store.neighbours(at, examples.SOFT) == self.memory.neighbours(at, examples.SOFT)
         assert self.store.nearest(at) == self.memory.nearest(at)
         assert self.store.trials(at) == self.memory.trials(at)
+        assert self.store.pins(at) == self.memory.pins(at)
         assert self.store.verifications(at) == self.memory.verifications(at)
 
     @invariant()

@@ -46,12 +46,13 @@ def test_url_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_schema_has_the_tables_of_the_design(tmp_path: Path) -> None:
-    """Seven tables with our prefix, no column that may be NULL, one meta row, a rollback journal."""
+    """Eight tables with our prefix, no column that may be NULL, one meta row, a rollback journal."""
     path = Store.open(tmp_path / "flashbias.db").path
     connection = sqlite3.connect(path)
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     assert sorted(tables) == [
-        f"flashbias_{name}" for name in ("jobs", "leases", "lifts", "meta", "trials", "verifications", "winners")
+        f"flashbias_{name}"
+        for name in ("jobs", "leases", "lifts", "meta", "pins", "trials", "verifications", "winners")
     ]
     for table in tables:
         assert all(column[3] for column in connection.execute(f"PRAGMA table_info({table})")), table

@@ -190,6 +190,16 @@ def test_unknown_setting_names_the_nearest() -> None:
         settings(modus="read")  # type: ignore[call-arg]
 
 
+def test_space_is_a_setting_of_code_alone() -> None:
+    """It holds inside its block, is refused where it is written if it is no name, and no variable sets it."""
+    with settings(space="mine:configs") as inside:
+        assert inside.space == "mine:configs"
+    assert current().space is None
+    assert read({"FLASHBIAS_SPACE": "mine:configs"}).space is None
+    with pytest.raises(SettingsError, match=r"space: expected module:attribute, got 'mine\.py'"):
+        settings(space="mine.py")
+
+
 def test_wrong_setting_is_refused_before_the_block() -> None:
     """A wrong value raises where it is written, not inside the block."""
     with pytest.raises(SettingsError, match="expected one of tune, read"):

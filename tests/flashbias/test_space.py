@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autotune.device import DeviceInfo, describe
-from cache_db.models import Config, Environment, Problem
-from flashbias.kernels import cases, space
+from cache_db.models import Config, Environment, Problem, Scalar
+from flashbias.kernels import cases, space, splitting
 from flashbias.kernels.problem import GRADIENTS, Shape, bucket, occupancy, packed_rank, problem
 from flashbias.kernels.spec import ATTENTION
 
@@ -63,6 +65,63 @@ def test_a_foreign_row_of_the_database_is_refused(params: dict[str, float]) -> N
     assert space.rejects("forward", config, problem(BASE, H200), H200)
     other = Config(implementation="cuda", variant="pointers", params={})
     assert "unknown" in str(space.rejects("forward", other, problem(BASE, H200), H200))
+
+
+HANDMADE: dict[str, Config] = {
+    name: space.config("pointers", 64, 64, 4, 2).model_copy(update=change)
+    for name, change in {
+        "unknown variant": {"variant": "warp_specialised"},
+        "no variant": {"variant": ""},
+        "unknown implementation": {"implementation": "cute"},
+        "no params": {"params": {}},
+        "no power of two": {"params": {"BLOCK_M": 96, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
+        "three warps": {"params": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 3, "num_stages": 2}},
+        "no stages": {"params": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 0}},
+        "negative": {"params": {"BLOCK_M": -64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
+        "huge": {"params": {"BLOCK_M": 2**4000, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
+        "infinitely many": {"params": {"BLOCK_M": 1e308, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
+        "text": {"params": {"BLOCK_M": "64", "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
+        "misspelt": {"params": {"BLOCK_M": 64, "BLOCK_n": 64, "num_warps": 4, "num_stages": 2}},
+        "split without waves": {"variant": "split_pointers"},
+        "waves without split": {"params": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "WAVES": 1}},
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", HANDMADE)
+@pytest.mark.parametrize("device", [H200, A100, describe(-1)], ids=["H200", "A100", "interpreter"])
+def test_handmade_config_that_no_kernel_can_run_has_a_reason_for_every_kernel(name: str, device: DeviceInfo) -> None:
+    """What a space or a pin may ask for is refused in words, before anything is compiled."""
+    for shape in (BASE, BASE.model_copy(update={"seqlen_q": 1}), BASE.model_copy(update={"dtype": "float32"})):
+        found = problem(shape, device)
+        for kernel in ("forward", "backward_dq", "backward_dkdv", "backward_mask"):
+            assert space.rejects(kernel, HANDMADE[name], found, device)
+
+
+NAMES = st.sampled_from(["BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "WAVES"]) | st.text(max_size=8)
+VALUES = (
+    st.sampled_from([1, 2, 3, 4, 8, 16, 32, 64, 128, 256])
+    | st.integers()
+    | st.booleans()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4)
+)
+
+
+@given(
+    variant=st.sampled_from([*splitting.VARIANTS, *splitting.VARIANTS.values()]) | st.text(max_size=8),
+    params=st.dictionaries(NAMES, VALUES, max_size=6)
+    | st.fixed_dictionaries(
+        {"BLOCK_M": VALUES, "BLOCK_N": VALUES, "num_warps": VALUES, "num_stages": VALUES}, optional={"WAVES": VALUES}
+    ),
+    kernel=st.sampled_from(space.KERNELS) | st.text(max_size=8),
+)
+def test_rules_decide_on_any_config_at_all(variant: str, params: dict[str, Scalar], kernel: str) -> None:
+    """Whatever a config holds there is a reason or there is none, never an exception; what passes is of the tables."""
+    config = Config(implementation="triton", variant=variant, params=params)
+    reason = space.rejects(kernel, config, problem(BASE, H200), H200)
+    whole = params.keys() == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
+    assert reason or (whole and all(type(value) is int and 0 < value <= 128 for value in params.values()))
 
 
 def test_tiles_that_cannot_fit_are_refused_with_figures() -> None:

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from autotune import Settings
 from autotune.device import describe
-from cache_db import Problem, open_layers
+from cache_db import Pin, Problem, open_layers
 from flashbias.cli import prewarm, shapes
 from flashbias.errors import ArgumentError
 from flashbias.kernels.problem import GRADIENTS, Shape, problem
+from tests.autotune.planted_spec import planted_problem
+from tests.autotune.softmax_spec import softmax_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = '{"batch": 1, "nheads": 2, "headdim": 32, "seqlen_q": 8}'
@@ -206,6 +209,62 @@ def trials(folder: Path) -> dict[str, float]:
     if not (folder / "flashbias.db").exists():
         return {}
     return {f"{row.kernel} {row.config}": row.created_at for row in open_layers(folder).trials(small_problem())}
+
+
+def test_space_is_found_beside_the_shapes_and_its_faults_end_the_run(tmp_path: Path) -> None:
+    """A module in the working directory is imported as ``python -m`` would; what it offers is judged before any tuning."""
+    (tmp_path / "mine.py").write_text("configs = [('forward', 64)]\n", encoding="utf-8")
+    code, output, errors = run(tmp_path, *SMALL, "--grads", "none", "--space", "mine:configs")
+    assert (code, "tuned" in output) == (2, False)
+    assert "prewarm: space 'mine:configs': expected a Config(" in errors
+    assert "got 64 (int)" in errors
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        ("mine", "space: expected module:attribute, got 'mine'"),
+        ("mine:", "got 'mine:'"),
+        ("no_such_one:x", "PYTHONPATH"),
+    ],
+)
+def test_space_that_is_none_is_wrong_usage(
+    space: str, expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that leads nowhere ends with exit code 2 and is named with what was expected."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert prewarm.main([*SMALL, "--cache-dir", str(tmp_path), "--space", space]) == prewarm.MISUSED
+    errors = capsys.readouterr().err
+    assert expected in errors
+    assert space in errors
+
+
+def test_prewarm_tries_a_space_tells_what_was_refused_and_takes_a_pin_for_a_winner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each kernel's line counts what it was offered and gives the first reason; a pinned problem is a ready one."""
+    found = planted_problem("32", "32")
+    chosen = Settings(cache_dir=tmp_path, finish=True, space="tests.autotune.space_examples:forward")
+    pin = Pin(
+        problem=found,
+        kernel="backward",
+        config=softmax_config(64),
+        pinned_by="me",
+        host="here",
+        created_at=time.time(),
+    )
+    open_layers(tmp_path).put_pin(pin)
+    assert prewarm.warm([found], describe(-1), chosen) == prewarm.DONE
+    output = capsys.readouterr().out
+    assert "space_examples:forward: 3 configs for forward, 1 refused by the rules, the first: " in output
+    assert "block=8: block 8 does not hold a row of 19\n" in output
+    assert "space_examples:forward: 0 configs for backward\n" in output
+    assert "pinned: backward" in output
+    assert {row.config for row in open_layers(tmp_path).trials(found, "forward")} == {
+        softmax_config(32),
+        softmax_config(64),
+        softmax_config(64, "zeroed_row"),
+    }
 
 
 def test_problem_without_a_winner_makes_the_run_fail(tmp_path: Path) -> None:
