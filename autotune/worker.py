@@ -130,6 +130,8 @@ class Runner:
                 answer = getattr(self, f"_answer_{question['do']}")(question)
             except GateFault as fault:
                 answer = {"fault": str(fault), "sticky": self._poisoned()}
+            if answer.get("outcome", {}).get("verdict") == Verdict.KILLED and not answer.get("sticky"):
+                torch.cuda.empty_cache()  # what it took until nothing was left: the caller may need it now
             self._send(answer)
             if answer.get("sticky"):
                 os._exit(POISONED)
@@ -190,6 +192,8 @@ class Runner:
                 continue
             launches[config.hash] = launch
             stats[config.hash] = rig.compiled(kernel, config).stats
+        if len(launches) < len(question["configs"]):
+            torch.cuda.empty_cache()  # one of those that failed may have taken all there was
 
         def notice() -> None:
             self._send({"event": "round"})
