@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cache_db.models import Config, Scalar, Trial, Verdict
@@ -37,11 +38,25 @@ class Candidate:
     def resume(self, trial: Trial) -> None:
         """Takes over what ``trial`` found.
 
-        A time that cannot be one (an edited row, or one of another program's) is dropped, to be taken again.
+        A time that cannot be one (an edited row, or one of another program's) is dropped, to be taken again, and so is
+        one at smaller sizes than the problem's own.
         """
         self.trial = trial
         self.figures = {name: value for name, value in trial.figures.items() if name != "ms" or _timed(value)}
+        if "timed_at" in self.figures:
+            self.untime()
         self.settled = trial.verdict is not Verdict.SAFE or self.safe
+
+    def untime(self) -> None:
+        """Forgets the time, and at which smaller sizes it was taken."""
+        for name in ("ms", "timed_at"):
+            self.figures.pop(name, None)
+
+
+def at_other_sizes(pool: Iterable[Candidate], timed: Iterable[Candidate]) -> list[Candidate]:
+    """Returns those of ``pool`` whose times do not compare with those just ``timed``: they are of other sizes."""
+    sizes = {each.figures.get("timed_at") for each in timed if each.ms < math.inf}
+    return [each for each in pool if sizes and each.ms < math.inf and each.figures.get("timed_at") not in sizes]
 
 
 def told(trial: Trial) -> str:

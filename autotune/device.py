@@ -8,13 +8,17 @@ import re
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
 
+from autotune import driver
 from autotune.place import INTERPRETER
 from cache_db.models import Environment
+
+# Stands before what torch calls the UUID of a slice where the driver does not say: it may be its GPU's.
+UNKNOWN_SLICE: Final = "MIG-of-"
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,19 @@ def describe(index: int) -> DeviceInfo:
         return DeviceInfo(
             -1, INTERPRETER, "", (0, 0), os.cpu_count() or 1, 1 << 30, "", triton.__version__, environment
         )
-    properties = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(index)  # makes no context, which an exclusive GPU would give once
     capability = (properties.major, properties.minor)
     environment = Environment(
         driver=driver_version(),
         ptxas=ptxas_version(10 * properties.major + properties.minor),
         torch=str(torch.__version__),
     )
-    uuid = f"{properties.uuid}"
     name = properties.name
     mig = re.search(r"MIG (\S+)", name)
     return DeviceInfo(
         index=index,
         name=name,
-        uuid=uuid if uuid.startswith(("GPU-", "MIG-")) else f"{'MIG' if mig else 'GPU'}-{uuid}",
+        uuid=uuid_of(index),
         capability=capability,
         sm_count=properties.multi_processor_count,
         shared_memory=int(getattr(properties, "shared_memory_per_block_optin", 227 * 1024)),
@@ -120,3 +123,18 @@ def describe(index: int) -> DeviceInfo:
         triton_version=triton.__version__,
         environment=environment,
     )
+
+
+def uuid_of(index: int) -> str:
+    """Returns the UUID of CUDA device ``index`` as nvidia-smi and CUDA_VISIBLE_DEVICES have it: GPU-…, or MIG-… of a slice.
+
+    A slice has one of its own, which only the driver tells; without it the text begins with ``UNKNOWN_SLICE``.
+    """
+    properties = torch.cuda.get_device_properties(index)
+    sliced = "MIG " in properties.name
+    found = driver.started()
+    told = found.uuid(index) if found else None
+    if told is not None:
+        return f"{'MIG' if sliced else 'GPU'}-{told}"
+    plain = str(properties.uuid).removeprefix("GPU-").removeprefix("MIG-")
+    return f"{UNKNOWN_SLICE if sliced else 'GPU-'}{plain}"

@@ -4,6 +4,7 @@
 
     AutotuneError
     ├── CacheMiss      (also LookupError)  mode "assert" and nothing stored can be used
+    ├── NoRoom                             too little memory is free on the device
     ├── SettingsError  (also ValueError)   a setting has a value it cannot have
     └── SuspectDevice  the device computed one thing in two ways
 
@@ -19,6 +20,19 @@ class AutotuneError(Exception):
 
 class CacheMiss(AutotuneError, LookupError):
     """Nothing proven is stored for a problem, and mode "assert" forbids to tune it."""
+
+
+class NoRoom(AutotuneError):
+    """Too little memory is free on the device to tune or prove anything now.
+
+    ``shrinkable`` says that it was wanted for the sizes that are timed, which may be smaller; ``own`` that it was
+    wanted by one candidate's launch, and perhaps by no other's.
+    """
+
+    def __init__(self, reason: str, *, shrinkable: bool = False, own: bool = False) -> None:
+        super().__init__(reason)
+        self.shrinkable = shrinkable
+        self.own = own
 
 
 class SuspectDevice(AutotuneError):

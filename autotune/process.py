@@ -16,12 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing import Pipe
-from pathlib import Path
 from typing import Any, Final
 
-from autotune.device import DeviceInfo
 from autotune.errors import AutotuneError
 from autotune.last_words import appending_file, last_line
 from autotune.threads import NoThread, start
@@ -29,20 +28,7 @@ from cache_db.models import Verdict
 
 Message = dict[str, Any]
 
-HOME: Final = str(Path(__file__).resolve().parent.parent)
 REAP_SECONDS: Final = 20.0
-# A child that believed it were a rank of the caller's job would wait for the others, and one that launched
-# synchronously would time the host.
-DROPPED: Final = frozenset(
-    {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
-    | {"ROLE_WORLD_SIZE", "ROLE_NAME", "CUDA_LAUNCH_BLOCKING", "PYTHONINSPECT", "PYTHONWARNINGS"}
-    | {"TRITON_INTERPRET"}
-)
-DROPPED_PREFIXES: Final = ("MASTER_", "TORCHELASTIC_")
-# Huge pages, none given back: a third of the page faults of a compile, 11 % less time (H200 host).
-COMPILER_ALLOCATION: Final = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=67108864:glibc.malloc.trim_threshold=1073741824"
-)
 
 
 class SandboxError(AutotuneError):
@@ -58,50 +44,27 @@ class ChildDied(Exception):
         self.reason = reason
 
 
-def import_path() -> list[str]:
-    """Returns the caller's ``sys.path`` for a child that must import the very same packages.
-
-    The empty entry of a REPL becomes the working directory. A directory that would shadow this package (a user's own
-    ``autotune.py``, the unrelated distribution of that name) goes to the end.
-    """
-    entries = list(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path if isinstance(entry, str)))
-    entries = [entry for entry in entries if os.pathsep not in entry]
-    shadowing = [entry for entry in entries if _shadows(Path(entry))]
-    kept = [entry for entry in entries if entry not in shadowing]
-    return kept + [HOME] * (HOME not in kept) + shadowing
-
-
-def _shadows(folder: Path) -> bool:
-    """Returns whether ``import autotune`` would find another one in ``folder``."""
-    found = (folder / "autotune.py").exists() or (folder / "autotune" / "__init__.py").exists()
-    return found and str(folder.resolve()) != HOME
-
-
-def environment(device: DeviceInfo, *, gpu: bool) -> dict[str, str]:
-    """Returns a child's environment: the caller's in no job, with one GPU by UUID or (to compile) without any."""
-    kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
-    kept = {name: value for name, value in kept.items() if not name.startswith(DROPPED_PREFIXES)}
-    kept["PYTHONPATH"] = os.pathsep.join(import_path())
-    kept["CUDA_VISIBLE_DEVICES"] = device.uuid if gpu else ""
-    if not gpu:
-        kept.setdefault("GLIBC_TUNABLES", COMPILER_ALLOCATION)
-    if device.interpreted:
-        kept["TRITON_INTERPRET"] = "1"
-    return kept
-
-
 class Child:
     """One child of ``role`` ("compiler" or "runner"), started on demand, killed and started again as often as needed.
 
-    ``lock`` belongs to whoever talks to the child; ``kill`` and ``start`` may come from any thread.
+    ``lock`` belongs to whoever talks to the child; ``kill`` and ``start`` may come from any thread. ``admit`` is called
+    before each start and raises an AutotuneError where there may be no process now.
     """
 
-    def __init__(self, role: str, hello: Message, variables: dict[str, str], start_seconds: float) -> None:
+    def __init__(
+        self,
+        role: str,
+        hello: Message,
+        variables: dict[str, str],
+        start_seconds: float,
+        admit: Callable[[], None] = lambda: None,
+    ) -> None:
         self.lock = threading.Lock()
         self._role = role
         self._hello = hello
         self._variables = variables
         self._start_seconds = start_seconds
+        self._admit = admit
         self._state = threading.Lock()
         self._process: _Process | None = None
         # Whose answer is awaited: after that one's death another thread may start a new process.
@@ -166,6 +129,7 @@ class Child:
         if self._closed:
             raise SandboxError("this sandbox is closed")
         if self._process is None or not self._process.alive:
+            self._admit()
             try:
                 self._process = _Process(self._role, self._variables)
                 self._process.send(self._hello)

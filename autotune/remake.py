@@ -16,7 +16,7 @@ from autotune.errors import AutotuneError
 from autotune.place import INTERPRETER
 from autotune.reproof import mismatch
 from autotune.spec import KernelSpec, load
-from autotune.worker import summarize
+from autotune.verdicts import summarize
 from cache_db.models import Config, Environment, Problem, Scalar, Trial
 
 # Opt-in shared memory of a block in bytes (CUDA C++ Programming Guide, technical specifications by compute capability).

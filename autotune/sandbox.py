@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final, Self
 
-from autotune.detail import OutputDetail
+from autotune import room
 from autotune.device import DeviceInfo
+from autotune.errors import NoRoom
 from autotune.gate.accuracy import GateFault
-from autotune.process import Child, ChildDied, Message, SandboxError, environment
-from cache_db.models import Config, Problem, Scalar, Verdict
+from autotune.outcome import Outcome
+from autotune.process import Child, ChildDied, Message, SandboxError
+from autotune.surroundings import environment
+from cache_db.models import Config, Problem, Scalar
 
 __all__ = ["GateFault", "Limits", "Outcome", "Sandbox", "SandboxError"]
 
@@ -45,33 +48,11 @@ class Limits:
     workers: int = field(default_factory=lambda: _workers(len(os.sched_getaffinity(0))))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one candidate. ``level`` is the proof reached (0 unless ``verdict`` is safe).
-
-    ``details`` tell of every output on every case that was judged, if they were asked for.
-    """
-
-    verdict: Verdict
-    level: int = 0
-    reason: str = ""
-    figures: dict[str, Scalar] = field(default_factory=dict)
-    seed: int = 0
-    binary: str = ""
-    seconds: float = 0.0
-    details: tuple[OutputDetail, ...] = ()
-
-    @property
-    def safe(self) -> bool:
-        """Whether the candidate passed what it was put through."""
-        return self.verdict is Verdict.SAFE
-
-
 class Sandbox:
     """Children for one problem on one device. Cheap to construct: they start when first needed.
 
     ``compile`` may run in another thread than ``prove`` and ``measure``. Every method raises SandboxError when no
-    child can be started, and GateFault when the spec's own answers cannot judge a candidate.
+    child can be started, NoRoom when too little memory is free, and GateFault when the spec's own answers cannot judge.
     """
 
     def __init__(self, problem: Problem, device: DeviceInfo, limits: Limits = Limits()) -> None:
@@ -86,7 +67,8 @@ class Sandbox:
         }
         start = limits.start_seconds
         self._compiler = Child("compiler", hello, environment(device, gpu=False), start)
-        self._runner = Child("runner", hello, environment(device, gpu=not device.interpreted), start)
+        self._runner = Child("runner", hello, environment(device, gpu=not device.interpreted), start, self.admit)
+        self._shrunk = 0
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +77,10 @@ class Sandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def admit(self) -> None:
+        """Raises SandboxError or NoRoom where no child may run beside this process now."""
+        room.admit(self._device)
 
     def close(self) -> None:
         """Kills the children; nothing can be asked afterwards."""
@@ -151,8 +137,9 @@ class Sandbox:
     ) -> dict[str, dict[str, Scalar]]:
         """Times ``configs`` in turn for ``rounds`` rounds at the representative size, with a cold L2.
 
-        Returns config hash -> ``ms`` (median), ``p20``, ``p80`` and ``samples``, all times in milliseconds, and the
-        statistics of the loaded kernel; a config that is missing failed.
+        Returns config hash -> ``ms`` (median), ``p20``, ``p80`` and ``samples``, all times in milliseconds, more of
+        :meth:`autotune.timing.Record.figures`, and the statistics of the loaded kernel; a config that is missing failed.
+        Where memory is short, smaller sizes are timed: ``timed_at`` names what of them is smaller.
         """
         remaining = list(dict.fromkeys(configs))
         while remaining:
@@ -183,12 +170,23 @@ class Sandbox:
         """Asks the runner for an outcome; its death is one too."""
         started = time.monotonic()
         try:
-            outcome = _outcome(self._ask(question)["outcome"])
+            outcome = Outcome.from_json(self._ask(question)["outcome"])
         except ChildDied as death:
             outcome = Outcome(death.verdict, reason=death.reason, seed=seed)
         return replace(outcome, seconds=time.monotonic() - started)
 
     def _ask(self, question: Message, notice: Callable[[Message], None] = lambda _: None) -> Message:
+        """Returns the runner's answer, asked once more with what memory this process can give back where it lacks some."""
+        answer = self._converse({**question, "shrunk": self._shrunk}, notice)
+        if "no_room" in answer:
+            room.release(self._device)
+            answer = self._converse({**question, "shrunk": self._shrunk, "again": True}, notice)
+        if "no_room" in answer:
+            raise NoRoom(answer["no_room"])
+        self._shrunk = answer["shrunk"]
+        return answer
+
+    def _converse(self, question: Message, notice: Callable[[Message], None]) -> Message:
         """Returns the runner's answer; each event it reports on the way is noticed and restarts the clock.
 
         Work on the spec's own answers ("reference") has the time of a start, and its failure is the gate's.
@@ -254,7 +252,7 @@ class Sandbox:
                         yield kernel, config, Outcome(death.verdict, reason=death.reason)
                     return
                 kernel, config = waiting.pop(answer["item"])
-                yield kernel, config, _outcome(answer["outcome"])
+                yield kernel, config, Outcome.from_json(answer["outcome"])
         finally:
             if waiting:
                 self._cancel()
@@ -278,8 +276,3 @@ class Sandbox:
 
 def _dump(configs: Mapping[str, Config]) -> Message:
     return {kernel: config.model_dump() for kernel, config in configs.items()}
-
-
-def _outcome(data: Message) -> Outcome:
-    details = tuple(OutputDetail.model_validate(each) for each in data.get("details", ()))
-    return Outcome(**{**data, "verdict": Verdict(data["verdict"]), "details": details})

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from autotune.candidate import Candidate, told
+from autotune.candidate import Candidate, at_other_sizes, told
 from autotune.compilation import Compilation
 from autotune.plan import Plan
 from autotune.progress import track
@@ -178,13 +178,16 @@ class KernelSweep:
 
     def _measure(self, candidates: Sequence[Candidate], rounds: int) -> None:
         """Times ``candidates`` against each other; one that fails keeps an infinite time."""
-        if not candidates:
-            return
+        while candidates:  # where memory ran short meanwhile, the others too: times of two sizes do not compare
+            self._time(candidates, rounds)
+            candidates = at_other_sizes(self._pool.values(), candidates)
+
+    def _time(self, candidates: Sequence[Candidate], rounds: int) -> None:
         rounds = 1 if self._scene.device.interpreted else rounds
         configs = [candidate.config for candidate in candidates]
         figures = self._scene.sandbox.measure(self._kernel, configs, self._through, rounds)
         for candidate in candidates:
-            candidate.figures.pop("ms", None)
+            candidate.untime()
             candidate.figures |= figures.get(candidate.config.hash, {})
 
     def _judge(self, candidate: Candidate) -> None:
@@ -235,7 +238,7 @@ class KernelSweep:
             ms=candidate.ms,
             tried=tried,
             total=self._plan.total,
-            complete=tried == self._plan.total and not self._plan.pinned,
+            complete=tried == self._plan.total and not self._plan.pinned and "timed_at" not in candidate.figures,
             proven_with=hashes(self._through),
             binary=candidate.trial.binary,
             environment=self._scene.device.environment,

@@ -99,10 +99,13 @@ class Compiled(Protocol):
 class KernelSpec(Protocol):
     """What a kernel must say of itself. All methods are pure but ``compile`` and ``launch``.
 
-    A spec may have one more method, ``axes(output) -> tuple[str, ...]``: the names of an output's dimensions short of
-    a row's elements, for reports. The one called "row" is told in ranges. And an attribute ``every_kernel``, the names of
-    the kernels of all its problems, where not every problem has them all. Its module may have a function
-    ``source() -> str``, which returns the ``source_hash`` that its problems have today.
+    A spec may have two more methods. ``axes(output) -> tuple[str, ...]``: the names of an output's dimensions short of
+    a row's elements, for reports. The one called "row" is told in ranges. ``smaller(problem, case) -> Case | None``:
+    the timed ``case`` (``representative``, or what this method made of it) in about half of the memory, with the same
+    name, or None where it would no longer stand for the problem; without it nothing is tuned where the free memory
+    does not hold the representative. And an attribute ``every_kernel``, the names of the kernels of all its problems,
+    where not every problem has them all. Its module may have a function ``source() -> str``, which returns the
+    ``source_hash`` that its problems have today.
     """
 
     def kernels(self, problem: Problem) -> tuple[str, ...]:

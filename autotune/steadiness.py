@@ -11,7 +11,7 @@ import logging
 from types import TracebackType
 from typing import Final, Self
 
-from autotune.errors import AutotuneError, SuspectDevice
+from autotune.errors import AutotuneError, NoRoom, SuspectDevice
 from autotune.sandbox import GateFault
 from autotune.scene import Scene
 
@@ -49,8 +49,10 @@ class Watch:
         except SuspectDevice:
             raise
         except AutotuneError as failure:
-            if any(sign in str(failure) for sign in NO_MEMORY):  # the caller's tensors may have come meanwhile
-                logger.warning("the device could not be watched after the trials: %s", failure)
+            # The caller's tensors may have come meanwhile; a sweep that ended for that says so itself.
+            if isinstance(failure, NoRoom) or any(sign in str(failure) for sign in NO_MEMORY):
+                level = logging.DEBUG if isinstance(error, NoRoom) else logging.WARNING
+                logger.log(level, "the device could not be watched after the trials: %s", failure)
                 return
             self._suspect(f"it cannot do again what it did before the trials: {failure}")
 

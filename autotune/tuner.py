@@ -135,7 +135,8 @@ def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolu
             raise
         except AutotuneError as error:
             reason = f"nothing could be proven: {error}"
-            logger.warning("%s: %s; running without a tuned kernel", summary(problem), reason)
+            cure = remedy(settings)
+            logger.warning("%s: %s; running without a tuned kernel. To change that: %s", summary(problem), reason, cure)
             return Resolution({}, reason, False, store.location)
 
 
@@ -167,6 +168,7 @@ def _decide(scene: Scene) -> Resolution:
 
 def _tune(scene: Scene, prover: Prover) -> Resolution:
     """Sweeps under the problem's lease, unless another process did meanwhile; empty when there is no result."""
+    scene.sandbox.admit()
     # This process's turn comes first: its threads and GPUs must not meet each other's lease and give up.
     with _process.sweeping:
         held = claim(scene.store, scene.problem, scene.settings.wait_seconds)

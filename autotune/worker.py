@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from triton.runtime.errors import OutOfResources
 
-from autotune import health, timing
-from autotune.device import DeviceInfo
+from autotune import health, room, timing
+from autotune.device import DeviceInfo, uuid_of
+from autotune.errors import NoRoom
 from autotune.forks import ForkServer
 from autotune.gate.accuracy import GateFault
 from autotune.gate.proof import prove
@@ -34,11 +33,11 @@ from autotune.gate.steadiness import fingerprints
 from autotune.process import Message
 from autotune.spec import KernelSpec, load
 from autotune.turns import turn
+from autotune.verdicts import compile_one, summarize, verdict_of
 from cache_db.models import Config, Problem, Scalar, Verdict
 
 PR_SET_PDEATHSIG: Final = 1
 POISONED: Final = 70
-LONGEST_REASON: Final = 400
 # A measurement of so many rounds decides something: the GPU's temperature is noted with it.
 LONG_ROUNDS: Final = 20
 
@@ -67,49 +66,6 @@ def die_with(parent: int) -> None:
         os._exit(0)
 
 
-def summarize(error: BaseException) -> str:
-    """Returns an exception as one line: its type and first line, and the last where there are more.
-
-    Triton's compile errors name the place first and the trouble last, with the source between.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ... ".join(dict.fromkeys(lines[:1] + lines[-1:]))
-    return f"{type(error).__name__}: {text}"[:LONGEST_REASON]
-
-
-def verdict_of(error: BaseException, *, compiling: bool) -> Verdict:
-    """Returns what an exception raised by a candidate makes of it."""
-    if isinstance(error, OutOfResources):
-        return Verdict.OUT_OF_RESOURCES
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return Verdict.KILLED  # the device may just be full today
-    if compiling and not _passing(error):
-        return Verdict.COMPILE_ERROR
-    return Verdict.CRASHED
-
-
-def _passing(error: BaseException) -> bool:
-    """Returns whether a compile failed for want of disk, memory or an assembler, which is no candidate's fault.
-
-    Triton reports an assembler that was killed or could not write as an error of its own.
-    """
-    text = str(error)
-    return isinstance(error, OSError) or any(sign in text for sign in ("No space left", "Cannot find", "error code -"))
-
-
-def compile_one(spec: KernelSpec, problem: Problem, device: DeviceInfo, question: Message) -> Message:
-    """Compiles one config and returns the outcome; raises nothing."""
-    started = time.monotonic()
-    try:
-        compiled = spec.compile(question["kernel"], Config(**question["config"]), problem, device)
-    except Exception as error:  # noqa: BLE001  # a candidate may raise anything; all of it is a verdict
-        verdict = verdict_of(error, compiling=True)
-        return {"verdict": verdict, "reason": summarize(error), "seconds": time.monotonic() - started}
-    seconds = time.monotonic() - started
-    figures = {**compiled.stats, "compile_seconds": seconds}
-    return {"verdict": Verdict.SAFE, "figures": figures, "binary": compiled.binary, "seconds": seconds}
-
-
 class Runner:
     """Answers the questions that need the device: compile (interpreter only), prove, measure."""
 
@@ -127,7 +83,7 @@ class Runner:
             question = json.loads(self._connection.recv_bytes())
             self._send({"event": "taken"})
             try:
-                answer = getattr(self, f"_answer_{question['do']}")(question)
+                answer = self._answer(question)
             except GateFault as fault:
                 answer = {"fault": str(fault), "sticky": self._poisoned()}
             if answer.get("outcome", {}).get("verdict") == Verdict.KILLED and not answer.get("sticky"):
@@ -135,6 +91,37 @@ class Runner:
             self._send(answer)
             if answer.get("sticky"):
                 os._exit(POISONED)
+
+    def _answer(self, question: Message) -> Message:
+        """Returns the answer, or that there is no room for it.
+
+        Where memory runs out, all that is kept here makes room first. Asked ``again``, when the caller has given back
+        what it can, the timed sizes shrink as far as they must and may.
+        """
+        self._rig.shrink(question["shrunk"] - self._rig.shrunk)
+        before = self._rig.shrunk
+        work, tidy = getattr(self, f"_answer_{question['do']}"), False
+        while True:
+            try:
+                return {**work(question), "shrunk": self._rig.shrunk}
+            except NoRoom as lack:  # its traceback holds on to tensors: it must be gone before memory is given back
+                reason, shrinkable, own = str(lack), lack.shrinkable, lack.own
+            self._make_room()
+            again = question.get("again", False)
+            if tidy and not (again and shrinkable and self._rig.shrink()):
+                break
+            tidy = True
+        if not (again and own):
+            return {"no_room": reason}
+        self._rig.restore(before)  # no size helps this one candidate, and the others need no smaller ones
+        failed = {"verdict": Verdict.KILLED, "reason": reason, "seed": question.get("seed", 0)}
+        return {"shrunk": before, **({"figures": {}} if question["do"] == "measure" else {"outcome": failed})}
+
+    def _make_room(self) -> None:
+        """Gives back what is kept for the next question, and takes a new look at what is free."""
+        self._sample = None
+        self._rig.forget()
+        room.confine(self._rig.torch_device)
 
     def _answer_compile(self, question: Message) -> Message:
         return {"outcome": self._compile(question)}
@@ -159,7 +146,7 @@ class Runner:
                 detail=question["detail"],
             )
             self._rig.wait()
-        except GateFault:
+        except (GateFault, NoRoom):
             raise
         except Exception as error:  # noqa: BLE001  # as above
             outcome |= {"verdict": verdict_of(error, compiling=False), "reason": summarize(error)}
@@ -175,18 +162,21 @@ class Runner:
         return {"fingerprints": fingerprints(self._rig, question["seed"])}
 
     def _answer_measure(self, question: Message) -> Message:
-        kernel, rig = question["kernel"], self._rig
-        case, inputs = self._representative(kernel, _configs(question["proven_with"]))
-        outputs = allocate(rig.spec.outputs(kernel, rig.problem, case), rig.torch_device)
+        kernel, rig, case = question["kernel"], self._rig, self._rig.representative
+        with rig.room(case):
+            inputs = self._representative(kernel, _configs(question["proven_with"]))
+            outputs = allocate(rig.spec.outputs(kernel, rig.problem, case), rig.torch_device)
         launches: dict[str, timing.Launch] = {}
         stats: dict[str, Mapping[str, Scalar]] = {}
+        starved = False
         for config in (Config(**data) for data in question["configs"]):
             self._send({"event": "trial", "config": config.hash})
             try:
                 launch = self._launch(kernel, config, case, inputs, outputs)
                 launch()
                 rig.wait()
-            except Exception:  # noqa: BLE001  # missing from the answer says that it failed; its proof says why
+            except Exception as error:  # noqa: BLE001  # missing from the answer says that it failed; its proof says why
+                starved |= room.ran_out(error)
                 if self._poisoned():
                     os._exit(POISONED)
                 continue
@@ -194,13 +184,17 @@ class Runner:
             stats[config.hash] = rig.compiled(kernel, config).stats
         if len(launches) < len(question["configs"]):
             torch.cuda.empty_cache()  # one of those that failed may have taken all there was
+        if starved and not launches and hasattr(rig.spec, "smaller"):
+            raise NoRoom(f"no room for any launch of {kernel}; {room.CURE}", shrinkable=True, own=True)
 
         def notice() -> None:
             self._send({"event": "round"})
 
-        with turn("" if rig.device.interpreted else rig.device.uuid, notice):
+        with turn("" if rig.device.interpreted else rig.device.uuid, notice), rig.room(case):
             record = timing.interleaved(launches, question["rounds"], rig.torch_device, notice)
             state = health.read(rig.device.uuid) if question["rounds"] >= LONG_ROUNDS else {}
+        if rig.timed_at:
+            state["timed_at"] = rig.timed_at
         return {"figures": {name: {**stats[name], **each, **state} for name, each in record.figures().items()}}
 
     def _launch(self, kernel: str, config: Config, case: Any, inputs: Any, outputs: Any) -> timing.Launch:
@@ -214,19 +208,19 @@ class Runner:
 
         return launch
 
-    def _representative(self, kernel: str, proven_with: Mapping[str, Config]) -> tuple[Any, Any]:
-        """Returns the timed case and all that ``kernel`` reads there; the last ones are kept."""
+    def _representative(self, kernel: str, proven_with: Mapping[str, Config]) -> Any:
+        """Returns all that ``kernel`` reads at the timed sizes; the last ones are kept."""
         rig = self._rig
         key = {name: proven_with[name].hash for name in rig.requirements(kernel) if name in proven_with}
-        if self._sample is None or self._sample[0] != key:
+        case = rig.representative
+        if self._sample is None or self._sample[:2] != (key, case):
             self._sample = None  # the old tensors make room before the new ones come
-            case = rig.spec.representative(rig.problem, rig.device)
             self._send({"event": "reference"})
             inputs = rig.spec.inputs(rig.problem, case, 0, rig.torch_device)
             inputs |= rig.produced(kernel, proven_with, case, inputs)
             rig.wait()
             self._sample = (key, case, inputs)
-        return self._sample[1], self._sample[2]
+        return self._sample[2]
 
     def _poisoned(self) -> bool:
         """Returns whether the device no longer works for this process: a CUDA error that stays."""
@@ -235,8 +229,8 @@ class Runner:
         try:
             torch.cuda.synchronize()
             return float(torch.ones(1, device="cuda").sum()) != 1.0
-        except RuntimeError:
-            return True
+        except RuntimeError as error:
+            return not room.ran_out(error)
 
     def _send(self, message: Mapping[str, Any]) -> None:
         self._connection.send_bytes(json.dumps(message).encode())
@@ -253,22 +247,23 @@ def _serve(role: str, connection: Connection[Any, Any], greeting: Message) -> No
         connection.send_bytes(json.dumps({"fault": summarize(error)}).encode())
         return
     connection.send_bytes(json.dumps({"ready": True}).encode())
+    if not device.interpreted:
+        _hash_triton()
     if role == "runner":
         runner.serve()
         return
-    _warm_compiler()
+    gc.freeze()  # a collection in a fork would touch, and so copy, every page of the imports
     work = partial(compile_one, spec, problem, device)
     in_fork = partial(die_with, os.getpid())
     ForkServer(connection, work, in_fork, greeting["workers"], greeting["compile_seconds"]).serve()
 
 
-def _warm_compiler() -> None:
-    """Does once what every fork would do again: hashing Triton's own files takes longer than a small compile."""
-    with contextlib.suppress(ImportError):  # a private function of Triton: without it forks are slower, not wrong
+def _hash_triton() -> None:
+    """Does now what the first compile would do, and each fork again: hashing Triton's own files takes half a second."""
+    with contextlib.suppress(ImportError):  # a private function of Triton: without it compiles are slower, not wrong
         from triton.runtime.cache import triton_key
 
         triton_key()
-    gc.freeze()  # a collection in a fork would touch, and so copy, every page of the imports
 
 
 def _take_device(device: DeviceInfo) -> None:
@@ -277,9 +272,10 @@ def _take_device(device: DeviceInfo) -> None:
         return
     torch.cuda.set_device(device.index)
     torch.ones(1, device=device.torch_device)
-    found = str(torch.cuda.get_device_properties(device.index).uuid)
-    if device.uuid.startswith("GPU-") and not device.uuid.endswith(found):  # a MIG slice has another UUID than its GPU
-        raise RuntimeError(f"expected GPU {device.uuid}, got {found}")
+    found = uuid_of(device.index)
+    if device.uuid != found:
+        raise RuntimeError(f"expected {device.uuid}, got {found}; was CUDA_VISIBLE_DEVICES changed after CUDA started?")
+    room.confine(device.torch_device)
     torch.set_float32_matmul_precision("highest")
 
 

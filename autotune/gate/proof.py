@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import torch
 
+from autotune import room
 from autotune.detail import OutputDetail
 from autotune.gate import error_map
 from autotune.gate.accuracy import Finding, GateFault
 from autotune.gate.memory import FINITE_BYTE, NAN_BYTE, Arena, bits, differing, nans, snapshot, untouched
 from autotune.gate.races import INTERPRETER_REPEATS, REPEATS, screen
-from autotune.gate.rig import Feed, Rig, Stage
+from autotune.gate.rig import Feed, LaunchOutOfMemoryError, Rig, Stage
 from cache_db.models import Config, Scalar, Verdict
 
 QUICK: Final = 1
@@ -65,7 +67,8 @@ def prove(
 
     With ``detail`` a wrong config is judged on all cases that can be, and the proof says which rows are wrong.
 
-    Raises what compiling or launching raises, and GateFault when the spec's own answers cannot judge.
+    Raises what compiling or launching raises, GateFault when the spec's own answers cannot judge, and NoRoom when what
+    every candidate needs does not fit into the free memory.
     """
     run = partial(_prove, rig, kernel, config, proven_with, level=level, seed=seed, repeats=repeats, detail=detail)
     proof = run()
@@ -98,7 +101,8 @@ def _prove(
             if proof.verdict is Verdict.SAFE:
                 raise
             continue  # the verdict is out: what this case cannot tell in detail is left out
-        _Trial(rig, kernel, config, compiled, stage, proven_with).examine(proof)
+        with rig.room(case):
+            _Trial(rig, kernel, config, compiled, stage, proven_with).examine(proof)
         if proof.verdict is not Verdict.SAFE and not (detail and proof.verdict is Verdict.WRONG):
             break
     if proof.verdict is Verdict.SAFE:
@@ -107,10 +111,11 @@ def _prove(
             count = INTERPRETER_REPEATS
         screens = [(rig.cases[0] if level <= QUICK else rig.race_case, count)]
         if count > REPEATS[max(REPEATS)]:
-            screens.append((rig.spec.representative(rig.problem, rig.device), REPEATS_AT_SCALE))
+            screens.append((rig.representative, REPEATS_AT_SCALE))
         for case, times in screens:
             stage = rig.stage(case, seed, judged=False)
-            _Trial(rig, kernel, config, compiled, stage, proven_with).screen(proof, times)
+            with rig.room(case):
+                _Trial(rig, kernel, config, compiled, stage, proven_with).screen(proof, times)
     return proof
 
 
@@ -126,11 +131,15 @@ class _Trial:
         self._where = f"on case {stage.case.name!r}"
         self._feed: Feed = rig.feed(kernel, proven_with, stage)
         self._outputs: Arena = rig.outputs(kernel, stage.case)
-        self._scratch: Arena = rig.scratch(kernel, config, stage.case)
+        with _own_memory():
+            self._scratch: Arena = rig.scratch(kernel, config, stage.case)
         inputs, outputs, scratch = self._feed.tensors, self._outputs.tensors, self._scratch.tensors
-        self._launch: Callable[[], None] = lambda: rig.spec.launch(
-            kernel, compiled, rig.problem, inputs, outputs, scratch
-        )
+
+        def launch() -> None:
+            with _own_memory():
+                rig.spec.launch(kernel, compiled, rig.problem, inputs, outputs, scratch)
+
+        self._launch: Callable[[], None] = launch
 
     def examine(self, proof: Proof) -> None:
         """Runs twice, on buffers of NaN and of numbers, and judges; the device is waited for once."""
@@ -236,6 +245,17 @@ class _Trial:
                 f"{name!r} is off by {finding.error:.3g} in row {finding.row} ({finding.ratio:.3g} times its budget), "
                 f"{finding.bad} of {finding.rows} rows are wrong {self._where}",
             )
+
+
+@contextmanager
+def _own_memory() -> Iterator[None]:
+    """Tells memory that the candidate alone asks for from what is needed by all."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not room.ran_out(error):
+            raise
+        raise LaunchOutOfMemoryError(str(error)) from error
 
 
 def _read(*groups: Sequence[torch.Tensor]) -> list[list[list[float]]]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
+from autotune import room
 from autotune.device import DeviceInfo
+from autotune.errors import NoRoom
 from autotune.gate.accuracy import GateFault, Yardstick, yardstick
 from autotune.gate.memory import Arena, Padded, any_of, fingerprint
 from autotune.spec import Case, KernelSpec, Tensors, TensorSpec
 from cache_db.models import Config, Problem, canonical_json
 
+# Loaded kernels that are kept: more than a usual sweep has. Each holds its assembly, about a megabyte.
+MOST_KERNELS: Final = 256
+# Steps to smaller timed sizes; a spec whose steps never end gets no more.
+MOST_STEPS: Final = 64
 Announce = Callable[[Literal["reference", "trial"]], None]
+
+
+class LaunchOutOfMemoryError(torch.OutOfMemoryError):
+    """A candidate's own launch found no memory, which others may need less of."""
 
 
 class Stage:
@@ -73,6 +83,8 @@ class Rig:
         self.device = device
         self.cases = tuple(spec.cases(problem, device))
         self.race_case = spec.race_case(problem, device)
+        self.representative = self._whole = spec.representative(problem, device)
+        self.shrunk = 0
         self._announce = announce
         self._compiled: dict[tuple[str, str], Any] = {}
         self._stages: dict[str, Stage] = {}
@@ -87,9 +99,13 @@ class Rig:
     def compiled(self, kernel: str, config: Config) -> Any:
         """Returns ``kernel`` compiled with ``config``, from memory, else from the disk cache. Raises what the spec raises."""
         key = (kernel, config.hash)
-        if key not in self._compiled:
-            self._compiled[key] = self.spec.compile(kernel, config, self.problem, self.device)
-        return self._compiled[key]
+        found = self._compiled.pop(key, None)
+        if found is None:
+            found = self.spec.compile(kernel, config, self.problem, self.device)
+        self._compiled[key] = found  # the latest stands last
+        if len(self._compiled) > MOST_KERNELS:
+            del self._compiled[next(iter(self._compiled))]
+        return found
 
     def stage(self, case: Case, seed: int, *, judged: bool = True) -> Stage:
         """Returns ``case`` with inputs from ``seed`` and, if ``judged``, its reference answers; one seed is kept."""
@@ -98,7 +114,7 @@ class Rig:
             self._seed = seed
         key = _key(case)
         if key not in self._stages or (judged and not self._stages[key].yardsticks):
-            with self.reference_time():
+            with self.reference_time(), self.room(case):
                 if key not in self._stages:
                     inputs = self.spec.inputs(self.problem, case, seed, self.torch_device)
                     self._stages[key] = Stage(case, Padded(inputs))
@@ -109,7 +125,8 @@ class Rig:
 
     def feed(self, kernel: str, proven_with: Mapping[str, Config], stage: Stage) -> Feed:
         """Runs what ``kernel`` depends on, in order and with the configs of ``proven_with``, on the stage's inputs."""
-        return Feed(stage, self.produced(kernel, proven_with, stage.case, stage.inputs.tensors))
+        with self.room(stage.case):
+            return Feed(stage, self.produced(kernel, proven_with, stage.case, stage.inputs.tensors))
 
     def produced(
         self, kernel: str, proven_with: Mapping[str, Config], case: Case, inputs: Mapping[str, torch.Tensor]
@@ -145,7 +162,8 @@ class Rig:
         """Returns the guarded outputs of ``kernel`` on ``case``, the same ones for every candidate."""
         key = (kernel, _key(case))
         if key not in self._arenas:
-            self._arenas[key] = Arena(self.spec.outputs(kernel, self.problem, case), self.torch_device)
+            with self.room(case):
+                self._arenas[key] = Arena(self.spec.outputs(kernel, self.problem, case), self.torch_device)
         return self._arenas[key]
 
     def scratch(self, kernel: str, config: Config, case: Case) -> Arena:
@@ -162,9 +180,48 @@ class Rig:
             torch.cuda.synchronize(self.torch_device)
 
     def forget(self) -> None:
-        """Drops inputs, answers and buffers, after a candidate that wrote where it liked."""
+        """Drops inputs, answers and buffers: a candidate wrote where it liked, or their memory is needed."""
         self._stages.clear()
         self._arenas.clear()
+
+    @property
+    def timed_at(self) -> str:
+        """What of the timed sizes is smaller than it should be, as "batch=1 nheads=8"; "" if nothing is."""
+        sizes, whole = self.representative.sizes, self._whole.sizes
+        return " ".join(f"{name}={value}" for name, value in sizes.items() if value != whole.get(name))
+
+    def shrink(self, steps: int = 1) -> bool:
+        """Makes the sizes that are timed smaller, ``steps`` times; returns whether the spec could."""
+        smaller = getattr(self.spec, "smaller", None)
+        for _ in range(steps):
+            found = smaller(self.problem, self.representative) if smaller and self.shrunk < MOST_STEPS else None
+            if found is None:
+                return False
+            self.representative = found
+            self.shrunk += 1
+        return True
+
+    def restore(self, steps: int) -> None:
+        """Goes back to the timed sizes as they were after ``steps`` steps."""
+        self.representative, self.shrunk = self._whole, 0
+        self.shrink(steps)
+
+    @contextmanager
+    def room(self, case: Case) -> Iterator[None]:
+        """Raises NoRoom where memory runs out in here: what is done on ``case`` is the same for every candidate.
+
+        A launch that finds none is the candidate's affair, unless smaller sizes may do.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not room.ran_out(error):
+                raise
+            timed, own = case is self.representative, isinstance(error, LaunchOutOfMemoryError)
+            if own and not (timed and hasattr(self.spec, "smaller")):
+                raise
+            reason = room.lack(f"case {case.name!r}", error, self.torch_device)
+            raise NoRoom(reason, shrinkable=timed, own=own) from error
 
     def _reference(self, stage: Stage) -> dict[str, Yardstick]:
         inputs = stage.inputs.tensors
@@ -183,7 +240,7 @@ class Rig:
         self._announce("reference")
         try:
             yield
-        except GateFault:
+        except (GateFault, NoRoom):
             raise
         except Exception as error:
             raise GateFault(f"the reference answers could not be computed: {error!r}") from error

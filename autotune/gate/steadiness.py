@@ -23,9 +23,9 @@ INTERPRETER_SIZE: Final = 64
 def fingerprints(rig: Rig, seed: int) -> list[str]:
     """Returns the SHA-256 of each of ``REPEATS`` runs of the reference computation on inputs of ``seed``.
 
-    Raises GateFault when the spec cannot answer on them.
+    Raises GateFault when the spec cannot answer on them, NoRoom when they do not fit into the device's free memory.
     """
-    with rig.reference_time():
+    with rig.reference_time(), rig.room(rig.cases[0]):
         inputs = rig.spec.inputs(rig.problem, rig.cases[0], seed, rig.torch_device)
         size = INTERPRETER_SIZE if rig.device.interpreted else SIZE
         matrix = torch.randn((size, size), generator=torch.Generator().manual_seed(seed)).to(rig.torch_device)

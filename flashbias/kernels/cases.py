@@ -29,6 +29,7 @@ from flashbias.rounding import tf32
 # Query tiles of 128 rows per multiprocessor that stand for each occupancy class.
 _TILES: Final = {"<1": 0.5, "1-4": 2.0, ">4": 8.0}
 _MAX_HEADS: Final = 64
+SHORTEST: Final = 128  # the least length that is a bucket, but for few queries, which stay as they are
 _MAX_MASK: Final = 1 << 28
 _RACE_ROWS: Final = 505
 _INTERPRETED_ROWS: Final = 40
@@ -43,6 +44,38 @@ def representative(problem: Problem, device: DeviceInfo) -> Case:
     pairs = max(1, round(tiles / -(-seqlen_q // 128)))
     batch = -(-pairs // _MAX_HEADS)
     return _case("representative", problem, batch, -(-pairs // batch), seqlen_q, seqlen_k)
+
+
+def smaller(problem: Problem, case: Case) -> Case | None:
+    """Returns the timed ``case`` in half the size, None where its lengths are the least that their buckets can mean."""
+    sizes = {name: int(case.sizes[name]) for name in ("batch", "nheads", "seqlen_q", "seqlen_k")}
+    found = halved(problem, **sizes)
+    return None if found is None else _case(case.name, problem, *found)
+
+
+def halved(problem: Problem, batch: int, nheads: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int, int, int] | None:
+    """Returns half the batch (of packed sequences: their number), else half the heads, else half the lengths, else None.
+
+    Whole groups of query heads stay together. The first of these is taken that leaves a 128-row query tile to every
+    multiprocessor, if there are so many; a step that would not is taken only where no other is left.
+    """
+    group = int(problem.fields["gqa_group"])
+    shorter_q = max(seqlen_q // 2, SHORTEST) if seqlen_q > SHORTEST else seqlen_q
+    shorter_k = max(seqlen_k // 2, min(seqlen_k, SHORTEST))
+    sizes = (batch, nheads, seqlen_q, seqlen_k)
+    steps = (
+        (max(batch // 2, 1), nheads, seqlen_q, seqlen_k),
+        (batch, max(nheads // group // 2, 1) * group, seqlen_q, seqlen_k),
+        (batch, nheads, shorter_q, shorter_k),
+        (batch, nheads, seqlen_q, shorter_k),
+    )
+    open_ = [step for step in steps if step != sizes]
+    enough = min(problem.sm_count, _tiles(sizes))
+    return next((step for step in open_ if _tiles(step) >= enough), open_[0] if open_ else None)
+
+
+def _tiles(sizes: tuple[int, int, int, int]) -> int:
+    return sizes[0] * sizes[1] * -(-sizes[2] // 128)
 
 
 def proof(problem: Problem, device: DeviceInfo) -> list[Case]:

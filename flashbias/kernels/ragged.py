@@ -34,6 +34,16 @@ def representative(problem: Problem, device: DeviceInfo) -> Case:
     return _case("representative", problem, -(-pairs // batch), lengths[0], lengths[1])
 
 
+def smaller(problem: Problem, case: Case) -> Case | None:
+    """Returns the timed ``case`` with half of the sequences, else of the heads, else of each length; None at the least."""
+    lengths = [[int(each) for each in str(case.sizes[f"lengths_{side}"]).split(",")] for side in "qk"]
+    found = cases.halved(problem, len(lengths[0]), int(case.sizes["nheads"]), lengths[0][0], lengths[1][0])
+    if found is None:
+        return None
+    batch, nheads, length_q, length_k = found
+    return _case(case.name, problem, nheads, (length_q,) * batch, (length_k,) * batch)
+
+
 def proof(problem: Problem, device: DeviceInfo) -> list[Case]:
     """Returns the proof's cases; the first alone is the quick proof."""
     if device.interpreted:

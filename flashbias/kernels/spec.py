@@ -86,23 +86,23 @@ class AttentionSpec:
 
     def representative(self, problem: Problem, device: DeviceInfo) -> Case:
         """Returns the bucket's own lengths with as many heads as the occupancy class means."""
-        make = ragged.representative if problem.fields["varlen"] else cases.representative
-        return make(problem, device)
+        return (ragged.representative if problem.fields["varlen"] else cases.representative)(problem, device)
+
+    def smaller(self, problem: Problem, case: Case) -> Case | None:
+        """Returns the timed case in about half of the memory, None where that would say nothing of the problem."""
+        return (ragged.smaller if problem.fields["varlen"] else cases.smaller)(problem, case)
 
     def cases(self, problem: Problem, device: DeviceInfo) -> Sequence[Case]:
         """Returns the proof's cases, a small ragged one first."""
-        make = ragged.proof if problem.fields["varlen"] else cases.proof
-        return make(problem, device)
+        return (ragged.proof if problem.fields["varlen"] else cases.proof)(problem, device)
 
     def race_case(self, problem: Problem, device: DeviceInfo) -> Case:
         """Returns a case just over one wave of the device."""
-        make = ragged.race if problem.fields["varlen"] else cases.race
-        return make(problem, device)
+        return (ragged.race if problem.fields["varlen"] else cases.race)(problem, device)
 
     def inputs(self, problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
         """Returns q, k, v, dout and, as the problem and the case have them, q_bias, k_bias, mask, dlse."""
-        make = ragged.inputs if problem.fields["varlen"] else cases.inputs
-        return make(problem, case, seed, device)
+        return (ragged.inputs if problem.fields["varlen"] else cases.inputs)(problem, case, seed, device)
 
     def outputs(self, kernel: str, problem: Problem, case: Case) -> dict[str, TensorSpec]:
         """Returns the buffers ``kernel`` fills: (B, S, H, D) like the inputs, row values (B, H, Sq) in fp32."""

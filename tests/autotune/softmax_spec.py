@@ -95,7 +95,8 @@ def softmax_kernel(x_ptr, y_ptr, lse_ptr, scratch_ptr, rows, columns, tick, BLOC
         stored = offsets < columns
     if FAULT == 4:
         stored = mask & (offsets < columns - 1)
-    tl.store(scratch_ptr + row, lse, mask=row < rows)
+    # Below 0 it is no fault, but another binary: what scratch holds means nothing.
+    tl.store(scratch_ptr + row, lse + (FAULT < 0) * FAULT, mask=row < rows)
     tl.store(y_ptr + row * columns + offsets, y.to(y_ptr.dtype.element_ty), mask=stored)
     tl.store(lse_ptr + row, lse, mask=row < rows)
 
@@ -235,6 +236,7 @@ class SoftmaxSpec:
     def compile(self, kernel: str, config: Config, problem: Problem, device: DeviceInfo) -> Ready:
         """Compiles for ``device``, or does nothing in the interpreter; plants the faults of compile time."""
         block, fault = int(config.params["block"]), str(config.params.get("fault", ""))
+        number = int(config.params.get("number", 0))  # makes another binary that does the same
         if fault == "raises_at_compile":
             raise ValueError("planted: this config does not compile\nand says so at length")
         if fault == "aborts_at_compile":
@@ -247,7 +249,7 @@ class SoftmaxSpec:
         if fault == "hangs_at_launch":
             function, signature, constants = spin_kernel, {"flag_ptr": "*i32"}, {}
         else:
-            signature, constants = self._signature(function, problem, block, FAULTS.get(fault, 0))
+            signature, constants = self._signature(function, problem, block, FAULTS.get(fault, 0) or -number)
         source = ASTSource(function, signature, constants)
         target = GPUTarget("cuda", 10 * device.capability[0] + device.capability[1], 32)
         compiled = triton.compile(source, target=target, options={"num_warps": int(config.params.get("warps", 4))})

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from autotune.device import DeviceInfo, describe
-from autotune.process import HOME, environment, import_path
 from autotune.sandbox import Limits, Sandbox, SandboxError
+from autotune.surroundings import HOME, environment, import_path
 from cache_db.models import Config, Environment, Verdict
 from tests.autotune.softmax_spec import softmax_config, softmax_problem
 
