@@ -46,6 +46,7 @@ FAULTS = {
     "killed_at_launch": 0,
     "races_late": 11,
     "races_at_scale": 12,
+    "wrong_for_some": 13,
     "out_of_resources": 0,
     "out_of_memory": 0,
     "crashes_once": 0,
@@ -54,6 +55,8 @@ POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ELEMENTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 JUDGED_ROWS = (7, 5, 4)
 UNJUDGEABLE_SEED = 666
+# The first number of the judged rows is below it for seeds 0 and 1, and above it for the next.
+LUCKY = tl.constexpr(-1.1)
 _launches = itertools.count()
 
 
@@ -84,8 +87,10 @@ def softmax_kernel(x_ptr, y_ptr, lse_ptr, scratch_ptr, rows, columns, tick, BLOC
         lse = lse * 1.03
     if FAULT == 8:
         y = y * (1 + tick % 2)
-    if FAULT >= 11:  # not in the cases that are judged, whose rows are few; 12 in the representative one alone
-        y = y * (1 + tick % 2 * ((rows > 7) & ((rows % 8 == 0) | (FAULT == 11))))
+    if FAULT >= 11:  # 11, 12: not in the judged cases, whose rows are few; 12 in the representative one alone
+        late = (tick % 2 == 1) & (rows > 7) & ((FAULT == 11) | (rows % 8 == 0))
+        unlucky = (rows == 7) & (tl.load(x_ptr).to(tl.float32) > LUCKY)
+        y = y * (1 + tl.where(FAULT == 13, unlucky, late))
     if FAULT == 9:
         y = y + tl.load(scratch_ptr + row)
     if FAULT == 10:

@@ -65,7 +65,7 @@ def test_results_that_cannot_be_kept_are_a_failure(tmp_path: Path) -> None:
     """Where no database can be opened, it still computes, and says what does not hold."""
     blocker = tmp_path / "file"
     blocker.touch()
-    done = quickstart(blocker / "below")
+    done = quickstart(blocker / "below", FLASHBIAS_BUDGET_SECONDS="4")
     assert done.returncode == 1
     assert "FAILED    this does not hold: a second process finds the results (they are in memory only)" in done.stdout
 
