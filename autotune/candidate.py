@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from cache_db.models import Config, Scalar, Trial, Verdict
+
+TIMES: Final = ("ms", "p20", "p80", "paired")
 
 
 @dataclass
@@ -23,6 +26,12 @@ class Candidate:
     def ms(self) -> float:
         """Median milliseconds at the representative size, infinite while unknown."""
         return float(self.figures.get("ms", math.inf))
+
+    @property
+    def repeats(self) -> int:
+        """How many race repeats a stored proof of it has passed, 0 where that is not known."""
+        found = self.trial.figures.get("repeats") if self.trial else None
+        return found if type(found) is int and self.safe else 0  # a row's may be anything
 
     @property
     def paired(self) -> tuple[float, float]:
@@ -42,14 +51,14 @@ class Candidate:
         one at smaller sizes than the problem's own.
         """
         self.trial = trial
-        self.figures = {name: value for name, value in trial.figures.items() if name != "ms" or _timed(value)}
-        if "timed_at" in self.figures:
+        self.figures = dict(trial.figures)
+        if "timed_at" in self.figures or not all(_timed(self.figures[name]) for name in TIMES if name in self.figures):
             self.untime()
         self.settled = trial.verdict is not Verdict.SAFE or self.safe
 
     def untime(self) -> None:
-        """Forgets the time, and at which smaller sizes it was taken."""
-        for name in ("ms", "timed_at"):
+        """Forgets the times, and at which smaller sizes they were taken."""
+        for name in (*TIMES, "timed_at"):
             self.figures.pop(name, None)
 
 

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 from autotune.device import DeviceInfo
 from autotune.proofs import Prover
-from autotune.sandbox import Outcome, Sandbox
-from autotune.scene import Scene, hashes
+from autotune.sandbox import Outcome
+from autotune.scene import hashes, open_scene
 from autotune.search import WINNER_REPEATS
 from autotune.settings import Settings
-from autotune.spec import load
 from autotune.steadiness import Watch
-from autotune.tuner import limits
 from cache_db.models import Config, Problem, Verification
 
 if TYPE_CHECKING:
@@ -49,8 +47,7 @@ def prove_pin(
     What the rules or an earlier judgement bar is not run. Raises AutotuneError when no child starts, the gate cannot
     judge, or the device is suspect.
     """
-    with Sandbox(problem, device, limits(device, settings)) as sandbox:
-        scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
+    with open_scene(problem, device, settings, store) as scene:
         refusal = scene.refuses(kernel, config)
         if refusal is not None:
             return PinProof(reason=f"the rules refuse it: {refusal}")

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from autotune.device import DeviceInfo
 from autotune.errors import AutotuneError
-from autotune.sandbox import Outcome, Sandbox
-from autotune.scene import Scene
+from autotune.sandbox import Outcome
+from autotune.scene import Scene, open_scene
 from autotune.settings import Settings
-from autotune.spec import load, source_of
+from autotune.spec import source_of
 from autotune.steadiness import Watch
-from autotune.tuner import limits
 from cache_db.models import Config, Problem, Trial, Verdict, Verification, Winner
 
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ def rerun(
     Raises AutotuneError when no child starts, the gate cannot judge with this seed, or the device is suspect.
     """
     problem = trial.problem
-    with Sandbox(problem, device, limits(device, settings)) as sandbox:
-        scene = Scene(problem, device, settings, load(problem.spec), store, sandbox, seed)
+    with open_scene(problem, device, settings, store, seed) as scene:
         with Watch(scene):
             outcome = scene.prove_once(trial.kernel, trial.config, through, LEVEL, repeats, detail=True)
         return outcome, Verification.of(scene.trial(trial.kernel, trial.config, outcome, through))
@@ -93,10 +91,8 @@ def reprove(
 
     Raises AutotuneError when no child starts or the device is suspect.
     """
-    with Sandbox(problem, device, limits(device, settings)) as sandbox:
-        scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
-        with Watch(scene):
-            return list(_reprove(scene, winners))
+    with open_scene(problem, device, settings, store) as scene, Watch(scene):
+        return list(_reprove(scene, winners))
 
 
 def _reprove(scene: Scene, winners: Mapping[str, Winner]) -> Iterator[Reproof]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,10 @@ from autotune.judgements import Judgements
 from autotune.lease import hostname
 from autotune.messages import summary
 from autotune.place import Place
-from autotune.sandbox import GateFault, Outcome, Sandbox
+from autotune.sandbox import GateFault, Limits, Outcome, Sandbox
 from autotune.settings import Settings
-from autotune.spec import KernelSpec
-from cache_db.models import FINAL, Config, Lift, Pin, Problem, Trial, Verification
+from autotune.spec import KernelSpec, load
+from cache_db.models import FINAL, Config, Lift, Pin, Problem, Trial, Verdict, Verification
 
 if TYPE_CHECKING:
     from cache_db import Layers
@@ -154,10 +155,14 @@ class Scene:
         )
 
     def commit(self, trial: Trial) -> None:
-        """Stores ``trial``; a failure that may pass also as a proof, which the next GPU's failure does not replace."""
+        """Stores ``trial``; a failure also as a judgement of its own, whatever the next trial of the config says.
+
+        Not one that may pass and was met in the interpreter, where it means nothing.
+        """
         self._stored[trial.kernel, trial.config] = None
         self.store.add_trial(trial)
-        if trial.verdict not in FINAL and not self.device.interpreted:
+        passing = trial.verdict not in FINAL and self.device.interpreted
+        if trial.verdict is not Verdict.SAFE and not passing:
             self.store.add_verification(Verification.of(trial))
 
     def note(self, kernel: str, config: Config, outcome: Outcome, through: Mapping[str, Config]) -> None:
@@ -185,3 +190,20 @@ class Scene:
 def hashes(configs: Mapping[str, Config]) -> dict[str, str]:
     """Returns ``configs`` as rows name them: kernel to config hash."""
     return {kernel: config.hash for kernel, config in configs.items()}
+
+
+@contextmanager
+def open_scene(
+    problem: Problem, device: DeviceInfo, settings: Settings, store: Layers, seed: int = 0
+) -> Iterator[Scene]:
+    """Gives ``problem`` with children that end with the block."""
+    with Sandbox(problem, device, limits(device, settings)) as sandbox:
+        yield Scene(problem, device, settings, load(problem.spec), store, sandbox, seed)
+
+
+def limits(device: DeviceInfo, settings: Settings) -> Limits:
+    """Returns limits that leave most of the budget whatever one candidate does; the interpreter is simply slow."""
+    if device.interpreted:
+        return Limits(trial_seconds=60)
+    share = max(10.0, settings.budget_seconds / 4)
+    return Limits(compile_seconds=min(60.0, 2 * share), trial_seconds=min(30.0, share))

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from autotune.device import DeviceInfo
-from autotune.sandbox import Outcome, Sandbox
-from autotune.scene import Scene
+from autotune.errors import AutotuneError
+from autotune.lease import claim
+from autotune.proofs import Choice, Prover
+from autotune.sandbox import Outcome
+from autotune.scene import Scene, hashes, open_scene
 from autotune.settings import Settings
-from autotune.spec import load
 from autotune.steadiness import Watch
-from autotune.tuner import limits
-from cache_db.models import Config, Problem, Verdict, Winner
+from cache_db.models import Config, Problem, Verdict
 
 if TYPE_CHECKING:
     from cache_db import Layers
@@ -32,9 +33,10 @@ INTERPRETER_REPEATS: Final = 20
 
 @dataclass(frozen=True)
 class Soaked:
-    """What became of one winner: ``repeats`` it has agreed with itself, by now or earlier (``already``)."""
+    """What became of one kernel's winner: ``repeats`` it has agreed with itself, by now or earlier (``already``)."""
 
-    winner: Winner
+    kernel: str
+    config: Config
     verdict: Verdict
     repeats: int
     reason: str = ""
@@ -50,33 +52,36 @@ def soak(problem: Problem, device: DeviceInfo, settings: Settings, store: Layers
     """Puts the stored winners of ``problem`` through ``repeats`` race repeats each, and all cases with ``PARTS`` new seeds.
 
     Kernels come in running order, each behind what runs before it; the first that fails ends it. Who passed has level 3
-    and its count stored, who failed its verdict. A winner that has passed as many before is not run again, nor is one
-    that does not run because its kernel is pinned.
+    and its count stored, who failed its verdict. A winner that has passed as many before, behind the same, is not run
+    again; one that does not run because its kernel is pinned is left out. Nobody else tunes the problem meanwhile.
 
-    Raises AutotuneError when no child starts, the gate cannot judge, or the device is suspect.
+    Raises AutotuneError when there are no winners that may run, another process tunes the problem for longer than
+    ``settings.wait_seconds``, no child starts, the gate cannot judge, or the device is suspect.
     """
-    with Sandbox(problem, device, limits(device, settings)) as sandbox:
-        scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
-        stored = scene.store.winners(problem)
-        winners = {kernel: stored[kernel] for kernel in scene.kernels if kernel in stored and kernel not in scene.pins}
-        known = {kernel: _passed(scene, winner) for kernel, winner in winners.items()}
+    held = claim(store, problem, settings.wait_seconds)
+    if held is None:
+        raise AutotuneError("another process is tuning the problem; soak it when that has ended")
+    with held, open_scene(problem, device, settings, store) as scene:
+        adopted = Prover(scene).adopt(store.winners(problem))
+        if not adopted.choices:
+            raise AutotuneError(f"there is nothing to soak: {adopted.reason}")
+        known = {name: _passed(scene, name, adopted.choices) for name in _won(adopted.choices)}
         if all(count >= repeats for count in known.values()):
-            return [Soaked(winners[kernel], Verdict.SAFE, count, already=True) for kernel, count in known.items()]
+            return [_already(name, adopted.choices[name], count) for name, count in known.items()]
         with Watch(scene):
-            return list(_soak(scene, winners, known, repeats))
+            return list(_soak(scene, adopted.choices, known, repeats))
 
 
-def _soak(scene: Scene, winners: Mapping[str, Winner], known: Mapping[str, int], repeats: int) -> Iterator[Soaked]:
-    running = {kernel: winner.config for kernel, winner in winners.items()}
-    running |= {kernel: pin.config for kernel, pin in scene.pins.items()}
-    for kernel, winner in winners.items():
+def _soak(scene: Scene, choices: Mapping[str, Choice], known: Mapping[str, int], repeats: int) -> Iterator[Soaked]:
+    for kernel in _won(choices):
+        config = choices[kernel].config
         if known[kernel] >= repeats:
-            yield Soaked(winner, Verdict.SAFE, known[kernel], already=True)
+            yield _already(kernel, choices[kernel], known[kernel])
             continue
-        through = scene.upstream(kernel, running)
-        outcome, done = _parts(scene, kernel, winner.config, through, repeats)
-        _keep(scene, winner, through, outcome, done)
-        yield Soaked(winner, outcome.verdict, done, outcome.reason)
+        through = _through(scene, kernel, choices)
+        outcome, done = _parts(scene, kernel, config, through, repeats)
+        _keep(scene, kernel, config, through, outcome, done)
+        yield Soaked(kernel, config, outcome.verdict, done, outcome.reason)
         if not outcome.safe:
             return
 
@@ -95,25 +100,39 @@ def _parts(
     return outcome, done
 
 
-def _keep(scene: Scene, winner: Winner, through: Mapping[str, Config], outcome: Outcome, done: int) -> None:
-    """Stores the trial, its times as they were, and the winner's new level if it is still the winner."""
-    kernel = winner.kernel
-    before = [each for each in scene.store.trials(scene.problem, kernel) if each.config == winner.config]
+def _keep(
+    scene: Scene, kernel: str, config: Config, through: Mapping[str, Config], outcome: Outcome, done: int
+) -> None:
+    """Stores the trial, its times as they were, and the winner's new level."""
+    winner = scene.store.winners(scene.problem)[kernel]
+    before = [each for each in scene.store.trials(scene.problem, kernel) if each.config == config]
     figures = {**(before[0].figures if before else {"ms": winner.ms}), **outcome.figures}
     if outcome.safe:
         figures["repeats"] = done
-    trial = scene.trial(kernel, winner.config, replace(outcome, figures=figures), through)
+    trial = scene.trial(kernel, config, replace(outcome, figures=figures), through)
     scene.commit(trial)
-    now = scene.store.winners(scene.problem).get(kernel)
-    if outcome.safe and now is not None and now.config == winner.config:
+    if outcome.safe and winner.config == config:
         changed = {"level": LEVEL, "binary": trial.binary, "environment": trial.environment}
         changed |= {"proven_with": trial.proven_with, "created_at": trial.created_at}
-        scene.store.put_winner(now.model_copy(update=changed), replace=True)
+        scene.store.put_winner(winner.model_copy(update=changed), replace=True)
 
 
-def _passed(scene: Scene, winner: Winner) -> int:
-    """Returns how many repeats ``winner`` has passed in a soak that still holds, 0 if there was none."""
-    if winner.level < LEVEL or winner.environment != scene.device.environment:
-        return 0
-    trials = [each for each in scene.judgements(winner.kernel).trials() if each.config == winner.config]
-    return max((int(each.figures.get("repeats", 0)) for each in trials if each.level >= LEVEL), default=0)
+def _passed(scene: Scene, kernel: str, choices: Mapping[str, Choice]) -> int:
+    """Returns how many repeats the winner has passed in a soak that still holds, 0 if there was none."""
+    choice, through = choices[kernel], hashes(_through(scene, kernel, choices))
+    rows = scene.judgements(kernel).proofs(choice.config, scene.device.environment, through)
+    trials = [row for row in scene.judgements(kernel).trials() if row in rows and row.binary == choice.binary]
+    counts = [row.figures.get("repeats") for row in trials if row.level >= LEVEL]
+    return max((count for count in counts if type(count) is int), default=0)  # a row's may be anything
+
+
+def _won(choices: Mapping[str, Choice]) -> list[str]:
+    return [kernel for kernel, choice in choices.items() if choice.rung == "winner"]
+
+
+def _through(scene: Scene, kernel: str, choices: Mapping[str, Choice]) -> dict[str, Config]:
+    return scene.upstream(kernel, {name: choice.config for name, choice in choices.items()})
+
+
+def _already(kernel: str, choice: Choice, count: int) -> Soaked:
+    return Soaked(kernel, choice.config, Verdict.SAFE, count, already=True)

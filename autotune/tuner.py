@@ -22,11 +22,9 @@ from autotune.lease import claim
 from autotune.messages import miss, remedy, summary
 from autotune.plan import exhausted
 from autotune.proofs import Adoption, Choice, Prover
-from autotune.sandbox import Limits, Sandbox
-from autotune.scene import Scene
+from autotune.scene import Scene, open_scene
 from autotune.search import Sweep
 from autotune.settings import Mode, Settings
-from autotune.spec import load
 from cache_db.models import Problem, Verdict, Winner
 
 if TYPE_CHECKING:
@@ -127,10 +125,9 @@ def forget() -> None:
 
 def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution:
     store = _process.store(settings)
-    with Sandbox(problem, device, limits(device, settings)) as sandbox:
-        scene = Scene(problem, device, settings, load(problem.spec), store, sandbox)
+    with open_scene(problem, device, settings, store) as scene:
         try:
-            return _decide(scene)
+            return _decide_with_pins(scene)
         except (CacheMiss, SettingsError):
             raise
         except AutotuneError as error:
@@ -138,6 +135,20 @@ def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolu
             cure = remedy(settings)
             logger.warning("%s: %s; running without a tuned kernel. To change that: %s", summary(problem), reason, cure)
             return Resolution({}, reason, False, store.location)
+
+
+def _decide_with_pins(scene: Scene) -> Resolution:
+    """Decides, without pins where what they need cannot be proven: a winner that still holds needs no proof."""
+    try:
+        return _decide(scene)
+    except (CacheMiss, SettingsError):
+        raise
+    except AutotuneError as error:
+        if not scene.pins:
+            raise
+        for kernel in list(scene.pins):
+            scene.drop_pin(kernel, f"nothing can be proven behind it now: {error}")
+        return _decide(scene)
 
 
 def _decide(scene: Scene) -> Resolution:
@@ -256,8 +267,7 @@ def _reprove(
     chosen: Mapping[str, Choice],
     binary: str,
 ) -> bool:
-    with Sandbox(problem, device, limits(device, settings)) as sandbox:
-        scene = Scene(problem, device, settings, load(problem.spec), _process.store(settings), sandbox)
+    with open_scene(problem, device, settings, _process.store(settings)) as scene:
         try:
             proof = Prover(scene).proof(kernel, choice.config, chosen, 2, binary)
         except AutotuneError as error:
@@ -284,14 +294,6 @@ def _reprove(
         )
         return False
     return True
-
-
-def limits(device: DeviceInfo, settings: Settings) -> Limits:
-    """Returns limits that leave most of the budget whatever one candidate does; the interpreter is simply slow."""
-    if device.interpreted:
-        return Limits(trial_seconds=60)
-    share = max(10.0, settings.budget_seconds / 4)
-    return Limits(compile_seconds=min(60.0, 2 * share), trial_seconds=min(30.0, share))
 
 
 def _taken(scene: Scene) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
 
-from autotune import DeviceInfo, Mode, Resolution, Settings, forget, resolve
+from autotune import AutotuneError, DeviceInfo, Mode, Resolution, Settings, forget, resolve
+from autotune.errors import SuspectDevice
 from autotune.soak import Soaked, soak
 from cache_db import open_layers
 from cache_db.models import Problem
-
-# A winner that fails makes room for the next; when so many have failed, something else is wrong.
-ROUNDS: Final = 4
 
 
 def soaked(
@@ -26,27 +23,37 @@ def soaked(
 ) -> Resolution:
     """Soaks the winners of ``problem`` with ``repeats``, and tunes on where one fails; returns what is to run then.
 
-    ``tell`` is given a line for each kernel and round. The result has no choices when ``ROUNDS`` rounds found no lasting winners.
-    Raises AutotuneError when nothing can be judged.
+    ``tell`` is given a line for each kernel and round. The result has no choices, and says why, where there is nothing
+    to soak or it cannot be judged. Raises SuspectDevice.
     """
-    for _ in range(ROUNDS):
+    failed: set[tuple[str, str]] = set()
+    while found.choices and all(choice.rung in ("winner", "pinned") for choice in found.choices.values()):
         before = time.monotonic()
-        results = soak(problem, device, chosen, open_layers(chosen.cache_dir), repeats)
-        seconds = time.monotonic() - before
+        try:
+            results = soak(problem, device, chosen, open_layers(chosen.cache_dir), repeats)
+        except SuspectDevice:
+            raise
+        except AutotuneError as error:
+            return replace(found, choices={}, reason=f"not soaked: {error}")
         for result in results:
             tell(_line(result))
-        if all(result.passed for result in results):
-            tell(f"soaked in {seconds:.1f} s")
+        bad = [result for result in results if not result.passed]
+        if not bad:
+            seconds = time.monotonic() - before
+            tell(f"soaked in {seconds:.1f} s" if results else "nothing is soaked: every kernel is pinned")
             return found
+        name = (bad[0].kernel, bad[0].config.hash)
+        if name in failed:  # what only failed for want of time or memory bars nothing everywhere
+            return replace(found, choices={}, reason=f"{_line(bad[0])}, once more")
+        failed.add(name)
         forget()
         found = resolve(problem, device, replace(chosen, mode=Mode.TUNE))
-        if not found.choices or any(choice.rung not in ("winner", "pinned") for choice in found.choices.values()):
-            return found
-    return replace(found, choices={}, reason=f"{ROUNDS} winners in a row failed their soak")
+    return found
 
 
 def _line(result: Soaked) -> str:
-    kernel, config = result.winner.kernel, result.winner.config
     if result.passed:
-        return f"{kernel}: {result.repeats} repeats agree{' (earlier)' if result.already else ''}: {config}"
-    return f"{kernel}: {result.verdict} after {result.repeats} repeats: {result.reason}: {config}"
+        return (
+            f"{result.kernel}: {result.repeats} repeats agree{' (earlier)' if result.already else ''}: {result.config}"
+        )
+    return f"{result.kernel}: {result.verdict} after {result.repeats} repeats: {result.reason}: {result.config}"

@@ -174,6 +174,18 @@ def test_crash_of_a_sweep_is_remembered_when_the_next_gpu_overwrites_it(tmp_path
     assert Plan.of(third, "forward").to_compile == (softmax_config(64),)
 
 
+@pytest.mark.parametrize("verdict", BARRING)
+def test_a_fault_outlives_the_trial_of_a_process_that_did_not_see_it(tmp_path: Path, verdict: Verdict) -> None:
+    """Two sweeps or soaks at once: the one that found the race may store first, and the other take its row's place."""
+    here = scene(tmp_path)
+    for outcome in (Outcome(verdict, reason="1 of 90000 repeats differ"), Outcome(Verdict.SAFE, level=3)):
+        here.commit(here.trial("forward", CONFIG, outcome, {}))
+    assert [trial.verdict for trial in here.store.trials(PROBLEM)] == [Verdict.SAFE]
+    bar = scene(tmp_path).judgements("forward").bar(CONFIG, {})
+    assert bar is not None
+    assert bar.verdict is verdict
+
+
 def test_failed_proof_keeps_a_config_out_of_the_next_sweep(tmp_path: Path) -> None:
     """A winner found racy by a later proof is not taken from its old trial again."""
     here = scene(tmp_path)

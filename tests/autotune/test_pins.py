@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import autotune
-from autotune import CacheMiss, Mode, Resolution, Settings, resolve
+from autotune import CacheMiss, Mode, Resolution, Settings, resolve, room
 from autotune.device import describe
 from autotune.pinning import PinProof, prove_pin
+from autotune.sandbox import SandboxError
+from autotune.soak import soak
 from cache_db import open_layers
 from cache_db.models import Config, Environment, Lift, Pin, Problem, Verdict
 from tests.autotune.planted_spec import planted_problem
@@ -233,3 +235,32 @@ def test_config_that_may_not_run_is_no_pin(tuned: Settings, tmp_path: Path) -> N
     bar(tmp_path)
     barred = proven(tmp_path, PINNED)
     assert (barred.safe, barred.verification, barred.reason) == (False, None, "it is in quarantine: racy, planted")
+
+
+def test_winners_run_where_nothing_can_be_proven_behind_a_pin(
+    tuned: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no child may start, a pin that needs a proof behind it is dropped: the stored winners need none."""
+
+    def refused(*_: object) -> None:
+        raise SandboxError("this GPU is not shared")
+
+    pin(tmp_path)
+    monkeypatch.setattr(room, "admit", refused)
+    assert rungs(ran(tuned)) == ["winner", "winner"]
+    assert "nothing can be proven behind it now: this GPU is not shared" in caplog.text
+
+
+def test_a_soak_behind_a_pin_that_fails_is_behind_the_winner(tuned: Settings, tmp_path: Path) -> None:
+    """What a wrong pin would make of the backward is no fault of it; the forward's winner is soaked, for it runs."""
+    pin(tmp_path, softmax_config(128, "zeroed_row"))
+    results = soak(PROBLEM, DEVICE, tuned, open_layers(tmp_path), 8)
+    assert [(each.kernel, each.passed) for each in results] == [("forward", True), ("backward", True)]
+
+
+def test_a_soak_behind_another_forward_is_another_soak(tuned: Settings, tmp_path: Path) -> None:
+    """What the backward passed behind the winner says nothing of it behind a pin; the pinned kernel is left out."""
+    soak(PROBLEM, DEVICE, tuned, open_layers(tmp_path), 8)
+    pin(tmp_path)
+    (result,) = soak(PROBLEM, DEVICE, tuned, open_layers(tmp_path), 8)
+    assert (result.kernel, result.already, result.repeats) == ("backward", False, 8)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import autotune
-from autotune import Settings, resolve
+from autotune import AutotuneError, Settings, resolve
 from autotune.device import describe, interpreting
 from autotune.soak import soak
 from cache_db import open_layers
@@ -44,7 +46,7 @@ def test_winners_that_pass_have_level_3_once_and_for_all(tmp_path: Path) -> None
     problem, settings = tuned(tmp_path, "32"), Settings(cache_dir=tmp_path)
     before = forward_trial(tmp_path, problem)
     results = soak(problem, describe(-1), settings, open_layers(tmp_path), 10)
-    assert [(each.winner.kernel, each.passed, each.repeats, each.already) for each in results] == [
+    assert [(each.kernel, each.passed, each.repeats, each.already) for each in results] == [
         ("forward", True, 10, False),
         ("backward", True, 10, False),
     ]
@@ -64,7 +66,7 @@ def test_a_winner_that_fails_is_out_and_the_next_takes_its_place(tmp_path: Path)
     """What only the soak's other inputs show becomes the trial's verdict, and the next resolve has another winner."""
     problem, settings = tuned(tmp_path, "32:wrong_for_some"), Settings(cache_dir=tmp_path)
     results = soak(problem, describe(-1), settings, open_layers(tmp_path), 4)
-    assert [(each.winner.kernel, each.verdict, each.repeats) for each in results] == [("forward", Verdict.WRONG, 1)]
+    assert [(each.kernel, each.verdict, each.repeats) for each in results] == [("forward", Verdict.WRONG, 1)]
     stored = forward_trial(tmp_path, problem)
     assert (stored.verdict, stored.level) == (Verdict.WRONG, 0)
     assert "'y' is off" in stored.reason
@@ -72,3 +74,29 @@ def test_a_winner_that_fails_is_out_and_the_next_takes_its_place(tmp_path: Path)
     found = resolve(problem, describe(-1), settings)
     assert found.choices["forward"].rung == "default"
     assert found.choices["forward"].config == softmax_config(256)
+
+
+def test_an_edited_count_is_no_count(tmp_path: Path) -> None:
+    """Repeats that are no whole number were not passed: the winner is soaked again."""
+    problem, settings = tuned(tmp_path, "32"), Settings(cache_dir=tmp_path)
+    soak(problem, describe(-1), settings, open_layers(tmp_path), 4)
+    with contextlib.closing(sqlite3.connect(tmp_path / "flashbias.db")) as database:
+        database.execute("""update flashbias_trials set figures = replace(figures, '"repeats":4', '"repeats":"999"')""")
+        database.commit()
+    assert forward_trial(tmp_path, problem).figures["repeats"] == "999"
+    results = soak(problem, describe(-1), settings, open_layers(tmp_path), 4)
+    assert [(each.repeats, each.already) for each in results] == [(4, False), (4, False)]
+
+
+def test_without_winners_there_is_nothing_to_soak(tmp_path: Path) -> None:
+    """It says so instead of finding that all of them passed."""
+    with pytest.raises(AutotuneError, match="nothing to soak: no winner of forward is stored"):
+        soak(planted_problem(), describe(-1), Settings(cache_dir=tmp_path), open_layers(tmp_path), 4)
+
+
+def test_a_problem_that_another_process_tunes_is_not_soaked(tmp_path: Path) -> None:
+    """Both would store winners and levels of one problem: the second waits as long as it may, then says why not."""
+    layers, problem = open_layers(tmp_path), planted_problem()
+    layers.claim(problem.hash, "somebody", "elsewhere", 30.0)
+    with pytest.raises(AutotuneError, match="another process is tuning"):
+        soak(problem, describe(-1), Settings(cache_dir=tmp_path), layers, 4)

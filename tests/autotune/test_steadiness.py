@@ -75,7 +75,7 @@ def test_what_a_device_judged_while_it_broke_counts_for_nothing(
     trials = {trial.config: trial.created_at for trial in store.trials(problem, "forward")}
     assert {choice.rung for choice in found.choices.values()} == {"default"}
     assert store.winners(problem) == {}
-    assert store.verifications(problem) == []
+    assert [row.config for row in store.verifications(problem)] == [softmax_config(64, "zeroed_row")]
     assert len(trials) == 3
     assert {lift.config for lift in store.lifts(problem, "forward")} == set(trials)
     (warning,) = warnings(caplog)
@@ -85,6 +85,8 @@ def test_what_a_device_judged_while_it_broke_counts_for_nothing(
     sound = planted_problem("32 64:zeroed_row", default="256")
     for row in store.trials(problem):
         store.add_trial(row.model_copy(update={"problem": sound}))
+    for judgement in store.verifications(problem):
+        store.add_verification(judgement.model_copy(update={"problem": sound}))
     for lift in store.lifts(problem):
         store.add_lift(lift.model_copy(update={"problem": sound}))
     assert resolve(sound, DEVICE, Settings(cache_dir=tmp_path)).choices["forward"].config == softmax_config(32)

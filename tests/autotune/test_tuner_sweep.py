@@ -111,7 +111,8 @@ def test_default_found_wrong_by_the_sweep_is_not_even_proven_again(tmp_path: Pat
     problem = planted_problem("32:zeroed_row", default="32:zeroed_row")
     found = resolve(problem, DEVICE, Settings(cache_dir=tmp_path))
     assert found.choices == {}
-    assert open_layers(tmp_path).counts()["verifications"] == 0
+    (judgement,) = open_layers(tmp_path).verifications(problem)  # the sweep's own
+    assert judgement.created_at == trials(tmp_path, problem)[softmax_config(32, "zeroed_row")].created_at
 
 
 def test_tiny_budget_still_proves_one_config_and_says_how_many(tmp_path: Path) -> None:
@@ -195,10 +196,28 @@ def test_what_cannot_be_a_time_is_dropped(ms: Scalar) -> None:
     """A proven trial without a real time is neither safe nor settled until it is timed again."""
     candidate = Candidate(softmax_config(32))
     trial = stored_trial(planted_problem("32"), softmax_config(32), Verdict.SAFE, DEVICE.environment, 60)
-    candidate.resume(trial.model_copy(update={"figures": {"ms": ms, "registers": 7}}))
+    candidate.resume(trial.model_copy(update={"figures": {"ms": ms, "p20": 1.0, "registers": 7}}))
     assert (candidate.figures, candidate.ms) == ({"registers": 7}, math.inf)
     assert not candidate.safe
     assert not candidate.settled
+
+
+def test_what_cannot_be_beside_a_time_is_dropped_with_it() -> None:
+    """An edited ratio would order the best few, or end the sweep: the whole measurement is taken again."""
+    candidate = Candidate(softmax_config(32))
+    trial = stored_trial(planted_problem("32"), softmax_config(32), Verdict.SAFE, DEVICE.environment, 60)
+    candidate.resume(trial.model_copy(update={"figures": {"ms": 1.0, "paired": "abc", "registers": 7}}))
+    assert candidate.figures == {"registers": 7}
+    assert not candidate.settled
+
+
+@pytest.mark.parametrize(("repeats", "counted"), [(300, 300), (20_000, 20_000), ("20000", 0), (True, 0), (2e4, 0)])
+def test_a_long_screen_that_was_passed_counts(repeats: Scalar, counted: int) -> None:
+    """What a soak or an earlier sweep ran is not run again by the next; what is no count counts for nothing."""
+    candidate = Candidate(softmax_config(32))
+    trial = stored_trial(planted_problem("32"), softmax_config(32), Verdict.SAFE, DEVICE.environment, 60)
+    candidate.resume(trial.model_copy(update={"level": 3, "figures": {"ms": 1.0, "repeats": repeats}}))
+    assert candidate.repeats == counted
 
 
 @pytest.mark.parametrize("ms", ["fast", math.nan, -1.0, None], ids=str)
