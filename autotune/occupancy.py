@@ -6,15 +6,13 @@ driver then says how many blocks fit. What nobody can say is left out: a figure 
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from typing import Any, Final
 
+from autotune import driver
+from autotune.driver import Driver
 from cache_db.models import Scalar
 
 WARP: Final = 32
-_THREADS_PER_MULTIPROCESSOR: Final = 39  # CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR
-_LIBRARIES: Final = ("libcuda.so.1", "libcuda.so")
 
 
 def figures(kernel: Any) -> dict[str, Scalar]:
@@ -40,36 +38,14 @@ def figures(kernel: Any) -> dict[str, Scalar]:
     return found
 
 
-def occupancy(function: int, num_warps: int, shared: int) -> float | None:
+def occupancy(function: int, num_warps: int, shared: int, asked: Driver | None = None) -> float | None:
     """Returns resident warps by the most a multiprocessor of the current device holds, None where the driver cannot say.
 
-    ``function`` is the handle (CUfunction) of a kernel that is loaded there, ``shared`` its dynamic shared memory in bytes.
+    ``function`` is the handle (CUfunction) of a kernel that is loaded there, ``shared`` its dynamic shared memory in
+    bytes, and ``asked`` the driver (by default this process's own, whoever made the context).
     """
-    driver = _driver()
-    if driver is None:
+    asked = asked or driver.loaded()
+    if asked is None:
         return None
-    blocks, device, threads = (ctypes.c_int() for _ in range(3))
-    try:
-        faults = (
-            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                ctypes.byref(blocks), ctypes.c_void_p(function), ctypes.c_int(WARP * num_warps), ctypes.c_size_t(shared)
-            ),
-            driver.cuCtxGetDevice(ctypes.byref(device)),
-            driver.cuDeviceGetAttribute(ctypes.byref(threads), _THREADS_PER_MULTIPROCESSOR, device),
-        )
-    except AttributeError:  # a driver without one of these calls
-        return None
-    if any(faults) or threads.value <= 0:
-        return None
-    return WARP * num_warps * blocks.value / threads.value
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL | None:
-    """Returns the CUDA driver's library, None where there is none."""
-    for name in _LIBRARIES:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None
+    blocks, threads = asked.resident_blocks(function, WARP * num_warps, shared), asked.resident_threads()
+    return None if blocks is None or not threads or threads < 0 else WARP * num_warps * blocks / threads

@@ -23,6 +23,9 @@ GIB: Final = 1 << 30
 # A child's context and libraries take about 0.5 GiB, the smallest proofs a few hundred MiB.
 SMALLEST: Final = 3 * GIB // 2
 CURE: Final = "tune before the model is loaded"
+# What messages say where memory ran out. A fresh process whose cuBLAS finds none for its handle calls it not initialised;
+# nothing else but a broken installation or context does, and that shows itself in every other way too.
+SIGNS: Final = ("out of memory", "MemoryError", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
 def reserve(free: int) -> int:
@@ -105,7 +108,12 @@ def ran_out(error: BaseException) -> bool:
     """Returns whether ``error`` says that memory ran out: torch's own, or that of a library which asks the driver itself."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED"))
+    return isinstance(error, RuntimeError) and tells_of_no_memory(str(error))
+
+
+def tells_of_no_memory(text: str) -> bool:
+    """Returns whether ``text``, what an error said here or in a child, means that memory ran out."""
+    return any(sign in text for sign in SIGNS)
 
 
 def lack(what: str, error: BaseException, device: torch.device) -> str:

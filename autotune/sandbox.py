@@ -176,10 +176,14 @@ class Sandbox:
         return replace(outcome, seconds=time.monotonic() - started)
 
     def _ask(self, question: Message, notice: Callable[[Message], None] = lambda _: None) -> Message:
-        """Returns the runner's answer, asked once more with what memory this process can give back where it lacks some."""
+        """Returns the runner's answer, asked once more where memory lacks, with what this process can give back.
+
+        That is nothing where a candidate's own launch alone lacks it. Raises NoRoom where the second answer is no other.
+        """
         answer = self._converse({**question, "shrunk": self._shrunk}, notice)
         if "no_room" in answer:
-            room.release(self._device)
+            if not answer["own"]:  # one candidate's appetite is no reason to stop the caller's GPU
+                room.release(self._device)
             answer = self._converse({**question, "shrunk": self._shrunk, "again": True}, notice)
         if "no_room" in answer:
             raise NoRoom(answer["no_room"])

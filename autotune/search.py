@@ -64,8 +64,10 @@ class Sweep:
         items = [(kernel, config) for kernel, plan in self._plans.items() for config in plan.to_compile]
         compilation = Compilation(scene.sandbox, items)  # its children start while the GPU is watched
         try:
-            with Watch(scene):
-                return self._tune(compilation, deadline)
+            with Watch(scene) as watch:
+                winners = self._tune(compilation, deadline)
+                watch.quiet = not winners  # whoever asked warns of that
+                return winners
         finally:
             # Without its pin the kernel that failed is swept at once, with compiles of its own.
             compilation.close(PATIENCE_SECONDS if self.failed in scene.pins else 0.0)

@@ -21,6 +21,7 @@ from autotune.spec import KernelSpec, load
 from cache_db.models import Config, Problem
 
 MOST: Final = 10_000  # configs of one space: an endless generator ends in a message, not in the memory
+_ANYTHING: Final = (Exception, SystemExit)  # a script that is imported as a module may want to end the program
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def load_space(path: str) -> Space:
     module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # it is the user's module, which may raise anything
+    except _ANYTHING as error:  # it is the user's module, which may raise anything
         raise SettingsError(
             f"space {path!r}: expected a module that this process can import, with that attribute, got {_told(error)}. "
             "A script's or an installed command's import path has no working directory: name the module's folder in "
@@ -98,9 +99,10 @@ def forget() -> None:
 
 
 def _called(path: str, space: Callable[..., Any], kernel: str, problem: Problem, device: DeviceInfo) -> list[Any]:
+    """Returns what ``space`` has for ``kernel``; it is handed a copy of ``problem``, which it may spoil."""
     try:
-        found = iter(space(kernel, problem, device))
-    except Exception as error:  # it is the user's function, which may raise anything
+        found = iter(space(kernel, problem.model_copy(deep=True), device))
+    except _ANYTHING as error:  # it is the user's function, which may raise anything
         raise _wrong(path, f"an iterable of Config for kernel {kernel!r}", _told(error)) from error
     return _read(path, found)
 
@@ -109,7 +111,7 @@ def _read(path: str, found: Iterable[Any]) -> list[Any]:
     """Returns what ``found`` holds, with its own errors as SettingsError."""
     try:
         read = list(islice(found, MOST + 1))
-    except Exception as error:  # it is the user's generator, which may raise anything
+    except _ANYTHING as error:  # it is the user's generator, which may raise anything
         raise _wrong(path, "configs", _told(error)) from error
     if len(read) > MOST:
         raise _wrong(path, f"{MOST} configs at most", "more")
@@ -150,8 +152,12 @@ def _wrong(path: str, expected: str, got: str) -> SettingsError:
     return SettingsError(f"space {path!r}: expected {expected}, got {got}")
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _told(error: BaseException) -> str:
+    """Returns ``error`` for a message, as one line; a stranger's may have no text at all."""
+    try:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except Exception:  # noqa: BLE001 - its __str__ may raise anything
+        return f"{type(error).__name__}, which has no text"
 
 
 def _shown(value: object) -> str:

@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import logging
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
+from autotune import room
 from autotune.errors import AutotuneError, NoRoom, SuspectDevice
 from autotune.sandbox import GateFault
 from autotune.scene import Scene
 
 logger = logging.getLogger(__name__)
 
-# A full device is no sick one.
-NO_MEMORY: Final = ("out of memory", "OutOfMemoryError", "MemoryError")
-
 
 class Watch:
     """Looks at the device of ``scene`` when a ``with`` block begins and when it ends.
 
-    Raises SuspectDevice where the bits differ; the trials committed in between have then been retracted.
+    Raises SuspectDevice where the bits differ; the trials committed in between have then been retracted. A look that is
+    given up for want of memory is warned of, unless the block raises or ``quiet`` is set in it: then what became of the
+    trials has a warning of its own.
     """
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._seed = scene.seed
         self._seen: set[str] = set()
+        self.quiet = False
 
     def __enter__(self) -> Self:
         try:
@@ -49,9 +50,9 @@ class Watch:
         except SuspectDevice:
             raise
         except AutotuneError as failure:
-            # The caller's tensors may have come meanwhile; a sweep that ended for that says so itself.
-            if isinstance(failure, NoRoom) or any(sign in str(failure) for sign in NO_MEMORY):
-                level = logging.DEBUG if isinstance(error, NoRoom) else logging.WARNING
+            # The caller's tensors may have come meanwhile: a full device is no sick one.
+            if isinstance(failure, NoRoom) or room.tells_of_no_memory(str(failure)):
+                level = logging.DEBUG if self.quiet or error is not None else logging.WARNING
                 logger.log(level, "the device could not be watched after the trials: %s", failure)
                 return
             self._suspect(f"it cannot do again what it did before the trials: {failure}")

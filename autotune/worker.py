@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from functools import partial
 from multiprocessing.connection import Connection
@@ -50,13 +51,17 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _volunteer_for_the_oom_killer()
     connection: Connection[Any, Any] = Connection(int(descriptor))
+    status = 1
     try:
         greeting = json.loads(connection.recv_bytes())
         _serve(role, connection, greeting)
+        status = 0
     except (EOFError, BrokenPipeError):
-        pass
+        status = 0
+    except BaseException:  # noqa: BLE001  # ``_exit`` would hide it; the parent reports the last line
+        traceback.print_exc()
     finally:
-        os._exit(0)  # tearing down a CUDA context may hang
+        os._exit(status)  # tearing down a CUDA context may hang
 
 
 def die_with(parent: int) -> None:
@@ -112,7 +117,7 @@ class Runner:
                 break
             tidy = True
         if not (again and own):
-            return {"no_room": reason}
+            return {"no_room": reason, "own": own}
         self._rig.restore(before)  # no size helps this one candidate, and the others need no smaller ones
         failed = {"verdict": Verdict.KILLED, "reason": reason, "seed": question.get("seed", 0)}
         return {"shrunk": before, **({"figures": {}} if question["do"] == "measure" else {"outcome": failed})}

@@ -115,7 +115,9 @@ def _prove(
         for case, times in screens:
             stage = rig.stage(case, seed, judged=False)
             with rig.room(case):
-                _Trial(rig, kernel, config, compiled, stage, proven_with).screen(proof, times)
+                passed = _Trial(rig, kernel, config, compiled, stage, proven_with).screen(proof, times)
+            if not passed:
+                break
     return proof
 
 
@@ -170,8 +172,8 @@ class _Trial:
         for name, values in zip(outputs, found, strict=True):
             self._note(proof, name, self._yardstick(name).finding(values))
 
-    def screen(self, proof: Proof, repeats: int) -> None:
-        """Repeats the launch against itself, then checks that it stayed inside its buffers."""
+    def screen(self, proof: Proof, repeats: int) -> bool:
+        """Repeats the launch against itself, then checks that it stayed inside its buffers; returns whether all is well."""
         found, done = screen(self._launch, self._outputs, self._scratch, repeats, self._notice)
         proof.figures["repeats"] = max(done, int(proof.figures.get("repeats", 0)))
         if found:
@@ -185,6 +187,7 @@ class _Trial:
             self._fail_changed(proof)
         for name, (absent,) in zip(outputs, missed, strict=True):
             self._fail_unwritten(proof, name, int(absent), 0)
+        return proof.verdict is Verdict.SAFE
 
     def _run(self, byte: int) -> None:
         self._outputs.fill(byte)

@@ -131,8 +131,13 @@ class Rig:
     def produced(
         self, kernel: str, proven_with: Mapping[str, Config], case: Case, inputs: Mapping[str, torch.Tensor]
     ) -> Tensors:
-        """Returns the outputs of all kernels that ``kernel`` depends on, for ``inputs``."""
+        """Returns the outputs of all kernels that ``kernel`` depends on, for ``inputs``.
+
+        Raises GateFault where one of them does not compile or run: ``kernel`` has no part in that. What was launched
+        before this call is waited for first, so that its errors come out as they are.
+        """
         produced: Tensors = {}
+        self.wait()
         for name in self.requirements(kernel):
             if name not in proven_with:
                 raise GateFault(f"{kernel} is judged through {name}, but no config of {name} was given")
@@ -143,7 +148,13 @@ class Rig:
                 raise GateFault(f"{name} does not compile as {config}: {error}") from error
             buffers = allocate(self.spec.outputs(name, self.problem, case), self.torch_device)
             scratch = allocate(self.spec.scratch(name, self.problem, config, case), self.torch_device)
-            self.spec.launch(name, compiled, self.problem, {**inputs, **produced}, buffers, scratch)
+            try:
+                self.spec.launch(name, compiled, self.problem, {**inputs, **produced}, buffers, scratch)
+                self.wait()
+            except Exception as error:
+                if room.ran_out(error):  # that is the device's affair
+                    raise
+                raise GateFault(f"{name} does not run as {config}: {error}") from error
             produced |= buffers
         return produced
 

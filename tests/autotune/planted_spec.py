@@ -2,8 +2,8 @@
 
 A kernel's field reads like "32 64:zeroed_row": blocks, each with the fault to plant. Listed in the problem, they are
 the same in every process that is given it. While the file that ``PLANTED_UNSTEADY`` names exists, this device computes
-one thing in two ways, or says that it has no memory left if that is what the file says; the faults "breaks_device" and
-"fills_device" make it.
+one thing in two ways, or fails with what the file says ("full": no memory left); the faults "breaks_device" and
+"fills_device" make it, and "fills_and_fails" does not launch besides.
 """
 
 from __future__ import annotations
@@ -46,16 +46,21 @@ class PlantedSpec(SoftmaxSpec):
         time.sleep(float(problem.fields["slow"]))
         if compiled.fault == "breaks_device":
             Path(os.environ["PLANTED_UNSTEADY"]).touch()
-        if compiled.fault == "fills_device":
+        if compiled.fault in ("fills_device", "fills_and_fails"):
             Path(os.environ["PLANTED_UNSTEADY"]).write_text("full", encoding="utf-8")
+        if compiled.fault == "fills_and_fails":
+            raise RuntimeError("planted: this config does not launch")
         super().launch(kernel, compiled, problem, inputs, outputs, scratch)
 
     def ideal(self, problem: Problem, inputs: Tensors) -> Tensors:
         """Returns the softmax's, every other time one bit off while the device is unsteady."""
         found, unsteady = super().ideal(problem, inputs), os.environ.get("PLANTED_UNSTEADY", "")
         if unsteady and Path(unsteady).exists():
-            if Path(unsteady).read_text(encoding="utf-8") == "full":
+            failure = Path(unsteady).read_text(encoding="utf-8")
+            if failure == "full":
                 raise torch.OutOfMemoryError("planted: no memory left")
+            if failure:
+                raise RuntimeError(failure)
             found["y"] = found["y"] * (1 + 2**-23 * (next(_ideals) % 2))
         return found
 

@@ -58,6 +58,14 @@ class BigSpec(PlantedSpec):
         """Returns eight million rows."""
         return self._case("representative", problem, rows=1 << 23)
 
+    def inputs(self, problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
+        """Returns the softmax's; at the timed sizes drawn on ``device``, for a CPU would need a minute."""
+        if case.name != "representative":
+            return super().inputs(problem, case, seed, device)
+        generator = torch.Generator(device).manual_seed(seed)
+        shape, dtype = self._shape(case), self.floor_dtype(problem)
+        return {name: torch.randn(shape, generator=generator, device=device, dtype=dtype) for name in ("x", "dy")}
+
     def smaller(self, problem: Problem, case: Case) -> Case | None:
         """Returns half of the rows, 65,536 at least."""
         rows = int(case.sizes["rows"]) // 2

@@ -18,6 +18,13 @@ class Unspeakable:
         raise RuntimeError("planted: no text")
 
 
+class Untold(Exception):
+    """What is raised and cannot be told."""
+
+    def __str__(self) -> str:
+        raise ValueError("planted: no text")
+
+
 def forward(kernel: str, problem: Problem, device: DeviceInfo) -> Iterator[Config]:
     """Yields for the forward: a new config, one of the spec's own, the new one again, a refused one, a wrong one."""
     if kernel == "forward":
@@ -44,6 +51,31 @@ def _failing(kernel: str, problem: Problem, device: DeviceInfo) -> Iterator[Conf
     raise KeyError("planted")
 
 
+def _untold(kernel: str, problem: Problem, device: DeviceInfo) -> list[Config]:
+    raise Untold
+
+
+def _leaving(kernel: str, problem: Problem, device: DeviceInfo) -> list[Config]:
+    raise SystemExit(3)
+
+
+def _leaving_late(kernel: str, problem: Problem, device: DeviceInfo) -> Iterator[Config]:
+    yield softmax_config(64)
+    raise SystemExit(3)
+
+
+def _spoiling(kernel: str, problem: Problem, device: DeviceInfo) -> list[Config]:
+    problem.fields["columns"] = 1
+    return [softmax_config(64)]
+
+
+def __getattr__(name: str) -> object:
+    """Ends the program where ``at_import`` is asked for, and knows nothing else."""
+    if name == "at_import":
+        raise SystemExit(3)
+    raise AttributeError(name)
+
+
 listed = [("forward", softmax_config(64)), ("backward", softmax_config(128)), ["forward", softmax_config(256)]]
 generated = (pair for pair in [("forward", softmax_config(64))])
 empty: list[Any] = []
@@ -52,6 +84,10 @@ number = 7
 text = "forward"
 endless = _endless
 failing = _failing
+untold = _untold
+leaving = _leaving
+leaving_late = _leaving_late
+spoiling = _spoiling
 one_argument = len
 returns_nothing = lambda kernel, problem, device: None  # noqa: E731
 returns_dicts = lambda kernel, problem, device: [{"block": 64}]  # noqa: E731

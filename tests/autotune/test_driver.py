@@ -17,6 +17,7 @@ import autotune
 from autotune import Settings, driver, resolve, room
 from autotune.device import UNKNOWN_SLICE, DeviceInfo, describe
 from autotune.driver import Driver
+from autotune.occupancy import occupancy
 from autotune.process import SandboxError
 from autotune.sandbox import Sandbox
 from autotune.surroundings import HOME, environment, visible_device
@@ -33,9 +34,12 @@ UNNAMED = replace(SLICE, uuid=f"{UNKNOWN_SLICE}{UUID}")
 SOURCE = """
 int cuDeviceGet(int *device, int ordinal) { *device = 100 + ordinal; return ordinal == 1 ? 0 : 101; }
 int cuDeviceGetAttribute(int *value, int attribute, int device)
-{ *value = attribute == 20 && device == 101 ? MODE : -7; return 0; }
+{ *value = device != 101 ? -7 : attribute == 20 ? MODE : attribute == 39 ? 2048 : -7; return 0; }
+int cuCtxGetDevice(int *device) { *device = 101; return CONTEXT ? 0 : 201; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 4; *active = CONTEXT; return 0; }
 #ifndef OLD
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, unsigned long shared)
+{ *blocks = shared / 1000; return function != (void *)7 || threads != 128; }
 int cuDeviceGetUuid_v2(unsigned char *uuid, int device)
 { for (int i = 0; i < 16; i++) uuid[i] = (i % 8 * 2) << 4 | (i % 8 * 2 + 1); return device != 101; }
 #endif
@@ -95,6 +99,22 @@ def test_what_the_driver_does_not_know_is_unknown(plant: Plant) -> None:
         none.uuid(1),
     ]
     assert unknown == [None] * 6
+
+
+def test_occupancy_is_what_the_driver_says_of_the_current_context(plant: Plant) -> None:
+    """Resident warps by those that fit; a driver without context, kernel or question knows nothing, and nothing fails."""
+    asked, idle, old = plant(0, 1), plant(0, 0), plant(driver.PROHIBITED, 1, "-DOLD")
+    assert occupancy(7, 4, 8000, asked) == 8 * 128 / 2048
+    unknown = [occupancy(7, 4, 8000, each) for each in (idle, old, Driver(ctypes.CDLL(None)))]
+    assert [*unknown, occupancy(8, 4, 8000, asked)] == [None] * 4
+
+
+def test_one_binding_serves_whoever_asks_the_driver(monkeypatch: pytest.MonkeyPatch, plant: Plant) -> None:
+    """Occupancy needs no CUDA of torch's: any context will do."""
+    asked = plant(0, 1)
+    monkeypatch.setattr(driver, "loaded", lambda: asked)
+    assert driver.started() is None
+    assert occupancy(7, 4, 8000) == 8 * 128 / 2048
 
 
 def test_where_cuda_has_not_started_the_driver_is_not_asked() -> None:

@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from autotune.device import describe
+from autotune.errors import NoRoom
+from autotune.gate.proof import prove
 from autotune.gate.races import REPEATS
+from autotune.gate.rig import Rig
 from autotune.sandbox import GateFault, Limits, Sandbox
-from cache_db.models import Verdict
-from tests.autotune.softmax_spec import softmax_config, softmax_problem
+from autotune.spec import Case, Tensors
+from cache_db.models import Problem, Verdict
+from tests.autotune.softmax_spec import SoftmaxSpec, softmax_config, softmax_problem
 
 SEED = 3
 THROUGH = {"forward": softmax_config()}
+
+
+class DrawnSpec(SoftmaxSpec):
+    """The softmax, with the names of the cases that inputs were drawn for, in order."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+
+    def inputs(self, problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
+        """Returns the softmax's."""
+        self.drawn.append(case.name)
+        return super().inputs(problem, case, seed, device)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +131,19 @@ def test_a_winners_screen_finds_what_races_only_at_the_size_that_is_timed(sandbo
     assert "case 'representative'" in outcome.reason
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_a_racer_is_not_screened_again_at_the_size_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first screen's verdict is out: no inputs are drawn for the second, which a good one goes through."""
+    monkeypatch.setitem(REPEATS, 2, 3)
+    last = {}
+    for fault in ("", "races_late"):
+        spec = DrawnSpec()
+        rig = Rig(spec, softmax_problem(), describe(-1))
+        proof = prove(rig, "forward", softmax_config(fault=fault), {}, level=2, seed=SEED, repeats=4)
+        last[proof.verdict] = spec.drawn[-1]
+    assert last == {Verdict.SAFE: "representative", Verdict.RACY: "race"}
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_low_precision_kernels_are_safe_on_their_own_budget(dtype: str) -> None:
     """The yardstick follows the problem's dtype."""
@@ -127,6 +157,15 @@ def test_a_dependent_kernel_without_its_forwards_config_is_a_fault_of_the_gate(s
     """Nothing is judged through a forward nobody chose."""
     with pytest.raises(GateFault, match="no config of forward was given"):
         sandbox.prove("backward", softmax_config(), {}, 2, SEED)
+
+
+def test_a_forward_that_does_not_run_is_not_its_backwards_fault(sandbox: Sandbox) -> None:
+    """Nothing is stored of a kernel that could not be judged, because what it depends on raises or finds no memory."""
+    with pytest.raises(GateFault, match=r"forward does not run as .*planted: this config does not launch"):
+        sandbox.prove("backward", softmax_config(), {"forward": softmax_config(fault="raises_at_launch")}, 2, SEED)
+    with pytest.raises(NoRoom, match="no room for case 'ragged'"):
+        sandbox.prove("backward", softmax_config(), {"forward": softmax_config(fault="out_of_memory")}, 2, SEED)
+    assert sandbox.prove("backward", softmax_config(), THROUGH, 1, SEED).safe
 
 
 def test_an_oracle_that_fails_is_a_fault_of_the_gate_and_the_sandbox_lives(sandbox: Sandbox) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import autotune
 from autotune import Settings, resolve, room
 from autotune.candidate import Candidate, at_other_sizes
-from autotune.device import describe
+from autotune.device import DeviceInfo, describe
 from autotune.errors import NoRoom
 from autotune.sandbox import Sandbox
+from autotune.verdicts import verdict_of
 from cache_db import open_layers
-from cache_db.models import Scalar
+from cache_db.models import Config, Scalar, Verdict
 from tests.autotune.planted_spec import planted_problem
 from tests.autotune.roomy_spec import roomy_problem
 from tests.autotune.softmax_spec import softmax_config
 
 DEVICE = describe(-1)
 GOOD = softmax_config()
+STARVING = softmax_config(32, "out_of_memory")
 
 
 @pytest.fixture(autouse=True)
@@ -86,11 +90,51 @@ def test_one_candidate_that_wants_too_much_shrinks_nothing_for_the_others(rows: 
     found = resolve(problem, DEVICE, Settings(cache_dir=tmp_path))
     assert found.choices["forward"].config == softmax_config(64)
     trials = {trial.config: trial for trial in open_layers(tmp_path).trials(problem, "forward")}
-    assert trials[softmax_config(32, "out_of_memory")].verdict == "killed"
+    assert trials[STARVING].verdict == "killed"
     assert "timed_at" not in trials[softmax_config(64)].figures
     with Sandbox(problem, DEVICE) as sandbox:
-        assert sandbox.measure("forward", [softmax_config(32, "out_of_memory")], {}, 1) == {}
+        assert sandbox.measure("forward", [STARVING], {}, 1) == {}
         assert "timed_at" not in sandbox.measure("forward", [GOOD], {}, 1)[GOOD.hash]
+
+
+@pytest.mark.parametrize(("holds", "config", "asked"), [(1000, STARVING, 0), (8, GOOD, 1)])
+def test_only_what_every_candidate_lacks_empties_the_callers_cache(
+    holds: int, config: Config, asked: int, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That stops the caller's GPU: one candidate's appetite, measured alone, is no reason, and inputs without room are."""
+    rows.write_text(str(holds), encoding="utf-8")
+    released: list[DeviceInfo] = []
+    release = room.release
+
+    def counted(device: DeviceInfo) -> bool:
+        released.append(device)
+        return release(device)
+
+    monkeypatch.setattr(room, "release", counted)
+    with Sandbox(roomy_problem(), DEVICE) as sandbox, contextlib.suppress(NoRoom):
+        assert sandbox.measure("forward", [config], {}, 1) == {}
+    assert len(released) == asked
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_a_full_device_is_known_by_what_libraries_say_of_it(error: Exception, full: bool) -> None:
+    """A fresh process whose cuBLAS finds no memory calls it not initialised: no candidate's fault, and no device's."""
+    assert room.ran_out(error) is full
+    assert (verdict_of(error, compiling=False) is Verdict.KILLED) is full
+    if isinstance(error, RuntimeError):  # what a parent hears of its child's
+        assert room.tells_of_no_memory(repr(error)) is full
 
 
 def test_what_cannot_shrink_declines_with_one_warning_and_other_problems_go_on(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from autotune.device import DeviceInfo, describe
+from autotune.process import ChildDied
 from autotune.sandbox import Limits, Sandbox, SandboxError
 from autotune.surroundings import HOME, environment, import_path
 from cache_db.models import Config, Environment, Verdict
@@ -104,6 +105,13 @@ def test_a_crash_that_does_not_repeat_is_forgiven_in_a_fresh_child(
         crashing = softmax_config(fault="crashes_once")
         assert fresh.prove("forward", crashing, {}, 1, 0).verdict is Verdict.CRASHED
         assert fresh.prove("forward", crashing, {}, 1, 0).safe
+
+
+def test_a_worker_that_fails_for_itself_says_of_what(sandbox: Sandbox) -> None:
+    """A fault of the worker's own is no quiet exit: its status says that it failed, and its last line why."""
+    with pytest.raises(ChildDied, match=r"exit status 1: AttributeError: .*_answer_dance"):
+        sandbox._converse({"do": "dance", "shrunk": 0}, lambda _: None)
+    assert sandbox.prove("forward", GOOD, {}, 1, 0).safe
 
 
 def test_a_child_that_was_killed_between_two_questions_is_replaced(sandbox: Sandbox) -> None:

@@ -68,6 +68,10 @@ def test_config_that_the_rules_refuse_is_told_with_its_reason(caplog: pytest.Log
         ("text", "a callable (kernel, problem, device) or an iterable", "'forward' (str)"),
         ("endless", "10000 configs at most", "more"),
         ("failing", "configs", "KeyError: 'planted'"),
+        ("untold", "an iterable of Config for kernel 'forward'", "Untold, which has no text"),
+        ("at_import", "a module that this process can import, with that attribute", "SystemExit: 3"),
+        ("leaving", "an iterable of Config for kernel 'forward'", "SystemExit: 3"),
+        ("leaving_late", "configs", "SystemExit: 3"),
         ("one_argument", "an iterable of Config for kernel 'forward'", "TypeError"),
         ("returns_nothing", "an iterable of Config for kernel 'forward'", "TypeError"),
         ("returns_dicts", "a Config(", "{'block': 64} (dict)"),
@@ -92,6 +96,13 @@ def test_what_is_no_space_is_refused_by_name(tmp_path: Path, attribute: str, exp
     assert str(caught.value).startswith(f"space '{HERE}:{attribute}': expected {expected}")
     assert got in str(caught.value).partition(", got ")[2]
     assert open_layers(tmp_path).counts()["trials"] == 0
+
+
+def test_space_cannot_change_the_callers_problem() -> None:
+    """It is handed a copy: what it does to that is nobody else's."""
+    problem = planted_problem()
+    spaces.offer(f"{HERE}:spoiling", "forward", problem, DEVICE)
+    assert problem.fields == planted_problem().fields
 
 
 def test_module_that_cannot_be_imported_is_told_with_the_cure(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,17 @@ import pytest
 import autotune
 from autotune import Mode, Settings, resolve
 from autotune.device import describe
-from autotune.sandbox import GateFault, Sandbox
+from autotune.errors import SuspectDevice
+from autotune.sandbox import GateFault, Sandbox, SandboxError
+from autotune.scene import Scene
+from autotune.spec import load
+from autotune.steadiness import Watch
 from cache_db import open_layers
 from tests.autotune.planted_spec import planted_problem
 from tests.autotune.softmax_spec import UNJUDGEABLE_SEED, softmax_config
 
 DEVICE = describe(-1)
+NO_HANDLE = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,12 @@ def unsteady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Returns all that was warned of."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def fill_and_fail(unsteady: Path) -> None:
+    """Fills the device up and raises SandboxError."""
+    unsteady.write_text("full", encoding="utf-8")
+    raise SandboxError("planted")
 
 
 def test_healthy_device_repeats_the_computation_in_another_process() -> None:
@@ -105,6 +117,43 @@ def test_a_device_that_filled_up_meanwhile_is_not_suspect(
     assert store.trials(problem, "forward")
     assert not store.lifts(problem)
     assert any("could not be watched after the trials" in warning for warning in warnings(caplog))
+
+
+def test_a_sweep_that_fails_while_the_device_fills_up_warns_once(
+    tmp_path: Path, unsteady: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No winner, and no memory for the second look: the one warning is of what runs instead."""
+    resolve(planted_problem("32", "32:fills_and_fails"), DEVICE, Settings(cache_dir=tmp_path))
+    assert unsteady.read_text() == "full"
+    (warning,) = warnings(caplog)
+    assert "running without a tuned kernel" in warning
+
+
+@pytest.mark.parametrize(
+    ("failure", "suspect", "told"),
+    [("full", False, 1), (NO_HANDLE, False, 1), ("CUDA error: unspecified launch failure", True, 0)],
+)
+def test_what_the_second_look_dies_of_decides_whether_the_device_is_believed(
+    failure: str, suspect: bool, told: int, unsteady: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Want of memory, in whatever words, is a warning; any other failure makes the device suspect."""
+    problem = planted_problem()
+    with Sandbox(problem, DEVICE) as sandbox:
+        scene = Scene(problem, DEVICE, Settings(), load(problem.spec), open_layers(None), sandbox)
+        with pytest.raises(SuspectDevice) if suspect else contextlib.nullcontext(), Watch(scene):
+            unsteady.write_text(failure, encoding="utf-8")
+    assert scene.suspect is suspect
+    assert len(warnings(caplog)) == told
+
+
+def test_a_block_that_raises_has_the_only_say(unsteady: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever handles the error warns of it; that the device filled up besides is for the log of level debug."""
+    problem = planted_problem()
+    with Sandbox(problem, DEVICE) as sandbox:
+        scene = Scene(problem, DEVICE, Settings(), load(problem.spec), open_layers(None), sandbox)
+        with pytest.raises(SandboxError, match="planted"), Watch(scene):
+            fill_and_fail(unsteady)
+    assert warnings(caplog) == []
 
 
 def test_unsteady_device_goes_on_with_the_stored_winner(
