@@ -30,6 +30,7 @@ _SHARED_MEMORY: Final = {
     (10, 3): 232448,
 }
 _USUAL_SHARED_MEMORY: Final = 101376
+_OLDEST: Final = (7, 0)  # for less Triton fails in its back end and dumps its whole IR
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,18 @@ class Remade:
 def target(problem: Problem) -> DeviceInfo:
     """Returns the device of ``problem`` as far as compiling needs it, with today's Triton, assembler and torch.
 
-    Raises AutotuneError for a problem of no NVIDIA GPU.
+    Raises AutotuneError for a problem of no NVIDIA GPU, or of one that is too old for Triton.
     """
     found = re.fullmatch(r"([1-9]\d?)\.(\d)", problem.capability)
     if found is None or problem.gpu_name == INTERPRETER:
         raise AutotuneError(f"{problem.gpu_name} (capability {problem.capability}) is no GPU that Triton compiles for")
     capability = (int(found[1]), int(found[2]))
+    if capability < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise AutotuneError(
+            f"{problem.gpu_name} has compute capability {problem.capability}: expected {oldest} or later, "
+            "Triton compiles for nothing before"
+        )
     ptxas = ptxas_version(10 * capability[0] + capability[1])
     return DeviceInfo(
         index=-1,

@@ -200,7 +200,13 @@ def load(path: str) -> KernelSpec:
 def source_of(path: str) -> str | None:
     """Returns the ``source_hash`` that problems of the spec at ``path`` have today; None where its module does not say.
 
-    Raises ImportError when there is no such module.
+    Raises ImportError when there is no such module or attribute, and for whatever the module raises.
     """
-    source = getattr(importlib.import_module(path.partition(":")[0]), "source", None)
-    return None if source is None else str(source())
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+        getattr(module, attribute)
+        source = getattr(module, "source", None)
+        return None if source is None else str(source())
+    except (Exception, SystemExit) as error:  # a module's own code runs here
+        raise ImportError(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error

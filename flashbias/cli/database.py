@@ -6,7 +6,8 @@ import argparse
 import getpass
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from autotune.messages import summary
 from cache_db.layers import FILE_NAME
 from cache_db.models import Config, Lift, Pin, Problem, Trial, Verification, Winner
+from flashbias.cli.text import printable
 from flashbias.errors import FlashBiasError
 from flashbias.settings import current
 
@@ -59,6 +61,41 @@ def open_store(folder: Path | None) -> Store:
             cure="Nothing was tuned into it yet, or the database lies elsewhere: name its folder with --cache-dir",
         )
     return Store.open(path)
+
+
+def add_spec(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag ``--spec`` to a command that imports the spec of stored rows."""
+    parser.add_argument(
+        "--spec",
+        dest="specs",
+        action="append",
+        default=[],
+        type=_spec,
+        metavar="MODULE:ATTRIBUTE",
+        help="trust rows of this spec of your own, that is import its module (may be repeated)",
+    )
+
+
+def distrust(problem: Problem, specs: Collection[str]) -> str | None:
+    """Returns why the spec of ``problem`` must not be imported, or None for attention's own and those in ``specs``.
+
+    Importing runs code, and rows are data: a database from elsewhere must not choose what runs here.
+    """
+    from flashbias.kernels.problem import SPEC
+
+    if problem.spec == SPEC or problem.spec in specs:
+        return None
+    return (
+        f"its spec {problem.spec!r} is not flashbias' own, and its module runs when it is imported; "
+        f"if you trust it: --spec {shlex.quote(problem.spec)}"
+    )
+
+
+def check_spec(problem: Problem, specs: Collection[str]) -> None:
+    """Raises WrongUsage, which names the flag, where ``distrust`` has a reason. Call it before anything imports."""
+    reason = distrust(problem, specs)
+    if reason is not None:
+        raise WrongUsage(f"the problem is not touched: {reason}")
 
 
 def key_of(row: Row) -> str:
@@ -142,8 +179,15 @@ def about(problem: Problem) -> dict[str, object]:
     return {"hash": problem.hash, **problem.model_dump()}
 
 
+def _spec(text: str) -> str:
+    module, _, attribute = text.partition(":")
+    if not module or not attribute:
+        raise argparse.ArgumentTypeError(f"expected MODULE:ATTRIBUTE, got {text!r}")
+    return text
+
+
 def _not_one(flag: str, text: str, count: int, known: Mapping[str, str]) -> WrongUsage:
-    lines = [f"  {short(name)}  {what}" for name, what in sorted(known.items())[:LISTED]]
+    lines = [f"  {short(name)}  {printable(what)}" for name, what in sorted(known.items())[:LISTED]]
     if len(known) > LISTED:
         lines.append(f"  … and {len(known) - LISTED} more")
     got = f"{text!r}, with which {count or 'none'} {'begin' if count else 'begins'}"

@@ -18,6 +18,8 @@ from cache_db.models import Config, Pin, Trial, Verification, Winner
 from flashbias.cli.database import (
     WrongUsage,
     about,
+    add_spec,
+    check_spec,
     key_of,
     one_config,
     one_key,
@@ -28,6 +30,7 @@ from flashbias.cli.database import (
     when,
 )
 from flashbias.cli.devices import device as device_of
+from flashbias.cli.text import printable, tell
 from flashbias.errors import FlashBiasError
 from flashbias.settings import IMPLEMENTATIONS, current
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from cache_db.store import Store
 
 HASH_DIGITS: Final = 64
+REASON_CHARACTERS: Final = 500
 _UNTUNED: Final = "A problem that is not among them has to be tuned first: scripts/prewarm.py"
 _LATER: Final = "Processes that have met the problem already keep to what they decided until they end"
 
@@ -51,8 +55,11 @@ def add_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     which.add_argument("--params", metavar="JSON", help="a config's parameters, as '{\"BLOCK_M\": 64, …}'")
     pinning.add_argument("--variant", help="the variant that --params are of")
     pinning.add_argument("--implementation", help=f"the implementation that --params are of ({IMPLEMENTATIONS[0]})")
-    pinning.add_argument("--reason", default="", metavar="TEXT", help="why, for those who look at the pins later")
+    pinning.add_argument(
+        "--reason", type=_reason, default="", metavar="TEXT", help="why, for those who look at the pins later"
+    )
     pinning.add_argument("--device", type=int, metavar="N", help="CUDA device (default: the current one)")
+    add_spec(pinning)
     pinning.set_defaults(run=pin)
     freeing = commands.add_parser("unpin", parents=[common], help="run a key with its winner again")
     freeing.add_argument("--key", type=prefix, required=True, help="first digits of the key's hash, as pins shows it")
@@ -71,6 +78,7 @@ def pin(options: argparse.Namespace) -> int:
     rows = _rows(store, options.key)
     config = _config(options, rows)
     problem, kernel = rows[0].problem, rows[0].kernel
+    check_spec(problem, options.specs)
     device = device_of(options.device)
     from autotune.pinning import prove_pin
     from autotune.reproof import mismatch
@@ -88,7 +96,7 @@ def pin(options: argparse.Namespace) -> int:
     earlier = store.pins(problem).get(kernel)
     wish = {"pinned_by": user(), "host": hostname(), "reason": options.reason, "created_at": time.time()}
     store.put_pin(Pin(problem=problem, kernel=kernel, config=config, **wish))
-    print("\n".join(_pinned(rows[0], config, proof, earlier)))
+    tell(_pinned(rows[0], config, proof, earlier))
     return 0
 
 
@@ -104,7 +112,7 @@ def unpin(options: argparse.Namespace) -> int:
         return 0
     key = one_key(found, options.key, everything)
     store.remove_pin(key)
-    print(f"{short(key)} {found[0].kernel} {short(found[0].config.hash)} {found[0].config}: not pinned any more")
+    tell([f"{short(key)} {found[0].kernel} {short(found[0].config.hash)} {found[0].config}: not pinned any more"])
     _tell(_LATER)
     return 0
 
@@ -117,9 +125,18 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps({"database": str(store.path), "rows": [_data(row) for row in found]}, indent=1))
         return 0
     for row in found:
-        print("\n".join(_lines(row)))
+        tell(_lines(row))
     print(f"{len(found)} pins in {store.path}")
     return 0
+
+
+def _reason(text: str) -> str:
+    """Returns ``text`` for argparse: what cannot be stored or shown is refused before a proof is spent on it."""
+    if len(text) > REASON_CHARACTERS:
+        raise argparse.ArgumentTypeError(f"expected at most {REASON_CHARACTERS} characters, got {len(text)}")
+    if not text.isprintable():  # undecodable bytes are surrogates here, and those are not printable either
+        raise argparse.ArgumentTypeError(f"expected one line of printable characters, got {text!r}")
+    return text
 
 
 def _rows(store: Store, text: str) -> list[Row]:
@@ -195,4 +212,4 @@ def _data(row: Pin) -> dict[str, object]:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from autotune import AutotuneError, DeviceInfo, Mode, Resolution, Settings, resolve, spaces
+from autotune import DeviceInfo, Mode, Resolution, Settings, SettingsError, resolve, spaces
 from autotune.messages import summary
 from autotune.progress import remaining
 from autotune.soak import INTERPRETER_REPEATS, REPEATS
@@ -20,41 +20,40 @@ from autotune.spec import load
 from cache_db.models import Problem
 from flashbias.cli import shapes
 from flashbias.cli.devices import device as device_of
+from flashbias.cli.guard import guarded
 from flashbias.cli.soak import soaked
 from flashbias.errors import FlashBiasError
 from flashbias.kernels.problem import Shape, problem
 from flashbias.settings import current, settings
 
 BUDGET_SECONDS: Final = 600.0
-DONE, UNFINISHED, MISUSED, STOPPED = 0, 1, 2, 130
+DONE, UNFINISHED = 0, 1
+_STOPPED: Final = "stopped; finished trials are kept, run the same command to go on"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 when every problem has a winner, else 1 (2 for wrong usage)."""
+    return guarded("prewarm", lambda: _run(arguments), (FlashBiasError, SettingsError), _STOPPED)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        device = device_of(options.device)
-        problems = _problems(shapes.from_arguments(options), device)
-        mode = Mode.RETUNE if options.retune else Mode.TUNE
-        folder = options.cache_dir or current().cache_dir
-        if options.space is not None:
-            # As `python -m` would, but last: nothing there may shadow what is installed.
-            sys.path.append(str(Path.cwd()))
-        with settings(
-            mode=mode,
-            cache_dir=folder,
-            budget_seconds=options.budget,
-            wait_seconds=options.budget,
-            finish=True,
-            space=options.space,
-        ) as chosen:
-            return warm(problems, device, chosen, _repeats(options.soak, device))
-    except (FlashBiasError, AutotuneError) as error:
-        print(f"prewarm: {error}", file=sys.stderr)
-        return MISUSED
-    except KeyboardInterrupt:
-        print("prewarm: stopped; finished trials are kept, run the same command to go on", file=sys.stderr)
-        return STOPPED
+    device = device_of(options.device)
+    problems = _problems(shapes.from_arguments(options), device)
+    mode = Mode.RETUNE if options.retune else Mode.TUNE
+    folder = options.cache_dir or current().cache_dir
+    if options.space is not None:
+        # As `python -m` would, but last: nothing there may shadow what is installed.
+        sys.path.append(str(Path.cwd()))
+    with settings(
+        mode=mode,
+        cache_dir=folder,
+        budget_seconds=options.budget,
+        wait_seconds=options.budget,
+        finish=True,
+        space=options.space,
+    ) as chosen:
+        return warm(problems, device, chosen, _repeats(options.soak, device))
 
 
 def warm(problems: Sequence[Problem], device: DeviceInfo, chosen: Settings, repeats: int = 0) -> int:

@@ -6,13 +6,18 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from cache_db.models import Trial
-from flashbias.cli.database import WrongUsage, about, key_of, one_trial, open_store, prefix, short
+from cache_db.models import Trial, Verdict, Verification
+from flashbias.cli.database import WrongUsage, about, add_spec, check_spec, key_of, one_trial, open_store, prefix, short
+from flashbias.cli.text import tell
+from flashbias.errors import FlashBiasError
 
 if TYPE_CHECKING:
     from autotune.remake import Remade
+    from cache_db.store import Store
+
+_DEADLY: Final = frozenset({Verdict.CRASHED, Verdict.TIMEOUT, Verdict.KILLED})
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -23,25 +28,48 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", type=prefix, required=True, help="first digits of the hash of the key")
     parser.add_argument("--config", type=prefix, required=True, help="first digits of the config's hash")
     parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="folder to write to (default: here)")
+    parser.add_argument("--unsafe", action="store_true", help="compile it even if it ended or held up a process before")
+    add_spec(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Writes one file for each stage; returns 0 unless the machine code is another than the trial's, then 1.
 
-    Raises WrongUsage for a trial that cannot be compiled here and today, AutotuneError for one that does not compile.
+    Raises WrongUsage for a trial that cannot be compiled here and today, FlashBiasError for one that may end or hang
+    this process, AutotuneError for one that does not compile.
     """
-    trial = one_trial(open_store(options.cache_dir), options.key, options.config)
+    store = open_store(options.cache_dir)
+    trial = one_trial(store, options.key, options.config)
+    check_spec(trial.problem, options.specs)
+    if not options.unsafe:
+        _check_survives(store, trial)
     from autotune.remake import obstacle, remake
 
     reason = obstacle(trial.problem)
     if reason is not None:
         raise WrongUsage(f"the trial cannot be compiled again here: {reason}")
     made = remake(trial)
-    for path in _write(options.output, trial, made):
-        print(path)
-    print(_compared(trial, made))
+    tell(map(str, _write(options.output, trial, made)))
+    tell([_compared(trial, made)])
     return int(_same(trial, made) is False)
+
+
+def _check_survives(store: Store, trial: Trial) -> None:
+    """Raises FlashBiasError when the newest judgement of the config says that its process did not survive it.
+
+    Whether it was the compiler or the launch that ended the process is not stored, so neither is risked in this one.
+    """
+    later = [
+        row for row in store.verifications(trial.problem) if (row.kernel, row.config) == (trial.kernel, trial.config)
+    ]
+    rows: list[Trial | Verification] = [trial, *later]
+    last = max(rows, key=lambda row: row.created_at)
+    if last.verdict in _DEADLY:
+        raise FlashBiasError(
+            f"{trial.kernel} {trial.config} is stored as {last.verdict.value} ({last.reason or 'no reason given'}): "
+            "compiling it may crash or hang this process too; to compile it all the same: --unsafe"
+        )
 
 
 def _write(folder: Path, trial: Trial, made: Remade) -> list[Path]:

@@ -15,6 +15,7 @@ from autotune.messages import summary
 from autotune.place import Place
 from cache_db.models import Lift, Trial, Verification
 from flashbias.cli.database import WrongUsage, about, key_of, one_config, one_key, open_store, prefix, short, user, when
+from flashbias.cli.text import tell
 
 if TYPE_CHECKING:
     from cache_db.store import Store
@@ -44,7 +45,7 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps({"database": str(store.path), "rows": rows}, indent=1))
         return 0
     for judgements, row in found:
-        print("\n".join(_lines(judgements, row)))
+        tell(_lines(judgements, row))
     holding = sum(judgements.reach(row) in (Reach.EVERYWHERE, Reach.HERE) for judgements, row in found)
     print(f"{len(found)} judgements, {holding} of them hold here, in {store.path}")
     return 0
@@ -68,7 +69,7 @@ def lift(options: argparse.Namespace) -> int:
         of_key = [row for row in of_key if row.config == config]
     for row in {row.config: row for row in of_key}.values():
         _lift(store, row, [each for each in of_key if each.config == row.config])
-        print(f"{short(key)} {row.kernel} {short(row.config.hash)} {row.config}: may be tried again")
+        tell([f"{short(key)} {row.kernel} {short(row.config.hash)} {row.config}: may be tried again"])
     return 0
 
 

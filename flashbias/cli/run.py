@@ -14,8 +14,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from autotune.messages import summary
 from cache_db.models import Config, Scalar, Trial
-from flashbias.cli.database import WrongUsage, key_of, one_trial, open_store, prefix, short, through
+from flashbias.cli.database import (
+    WrongUsage,
+    add_spec,
+    check_spec,
+    key_of,
+    one_trial,
+    open_store,
+    prefix,
+    short,
+    through,
+)
 from flashbias.cli.devices import device as device_of
+from flashbias.cli.text import printable, tell
 from flashbias.cli.verify import seed as seed_of
 from flashbias.errors import FlashBiasError
 
@@ -47,6 +58,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed_of, help="draw other inputs (default: those of the stored trial)")
     parser.add_argument("--device", type=int, metavar="N", help="CUDA device (default: the current one)")
     parser.add_argument("--unsafe", action="store_true", help="run it even if it is not proven safe")
+    add_spec(parser)
     parser.set_defaults(run=run)
 
 
@@ -58,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     """
     store = open_store(options.cache_dir)
     trial = one_trial(store, options.key, options.config)
+    check_spec(trial.problem, options.specs)
     upstream = through(store, trial)
     device = device_of(options.device)
     from autotune.alone import Alone
@@ -75,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     seed = trial.seed if options.seed is None else options.seed
     _tell(f"running {trial.kernel} {trial.config} on {device.name}{f', unsafe: {doubt}' if doubt else ''}")
     figures = alone.run(case, seed, options.iterations)
-    print("\n".join(_lines(trial, upstream, case, seed, figures, interpreted=device.interpreted)))
+    tell(_lines(trial, upstream, case, seed, figures, interpreted=device.interpreted))
     return 0
 
 
@@ -112,7 +125,7 @@ def _lines(
 
 
 def _tell(text: str) -> None:
-    print(f"run: {text}", file=sys.stderr, flush=True)
+    print(f"run: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _iterations(text: str) -> int:

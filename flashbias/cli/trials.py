@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import math
-import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 from cache_db.models import Problem, Scalar, Trial, Verdict, Winner
 from flashbias.cli.database import WrongUsage, about, key_of, one_key, open_store, prefix, short
+from flashbias.cli.destination import destination
+from flashbias.cli.text import printable
 
 TIMES: Final = ("ms", "p20", "p50", "p80", "samples")
 RESOURCES: Final = ("registers", "spills", "shared", "num_warps", "occupancy", "compile_seconds")
@@ -51,13 +51,13 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Writes the trials asked for, oldest first; returns 0.
 
-    Raises WrongUsage for a key or kernel that is not stored, CacheError and OSError for what cannot be read or written.
+    Raises WrongUsage for a key or kernel that is not stored and the database as output, CacheError and OSError for what cannot be read or written.
     """
     store = open_store(options.cache_dir)
     trials = _chosen(store.find(Trial), options)
     winners = {(key_of(row), row.config) for row in store.find(Winner)}
     rows = [_row(trial, (key_of(trial), trial.config) in winners) for trial in trials]
-    with _destination(options.output) as file:
+    with destination(options.output, store.path) as file:
         _WRITERS[options.format](rows, file)
     return 0
 
@@ -117,7 +117,7 @@ def _write_table(rows: Iterable[Mapping[str, Any]], file: TextIO) -> None:
             f"{_number(figures.get('shared')):>8}{_number(figures.get('occupancy')):>7}",
             f"  {config['implementation']}/{config['variant']} {params}",
         ]
-        print(*cells, sep="", file=file)
+        print(printable("".join(cells)), file=file)
 
 
 def _write_csv(rows: Sequence[Mapping[str, Any]], file: TextIO) -> None:
@@ -193,13 +193,3 @@ def _when(seconds: float) -> str | None:
         return datetime.fromtimestamp(seconds, UTC).isoformat()
     except (OverflowError, OSError, ValueError):
         return None
-
-
-@contextlib.contextmanager
-def _destination(path: Path | None) -> Iterator[TextIO]:
-    """Opens where the rows go, so that line ends stay as they are written."""
-    if path is None:
-        yield sys.stdout
-        return
-    with path.open("w", encoding="utf-8", newline="") as file:
-        yield file

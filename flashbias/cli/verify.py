@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from autotune.messages import summary
@@ -19,6 +19,9 @@ from flashbias.cli import findings
 from flashbias.cli.database import (
     WrongUsage,
     about,
+    add_spec,
+    check_spec,
+    distrust,
     key_of,
     one_trial,
     open_store,
@@ -27,6 +30,7 @@ from flashbias.cli.database import (
     through,
 )
 from flashbias.cli.devices import device as device_of
+from flashbias.cli.text import printable, tell
 from flashbias.settings import current
 
 if TYPE_CHECKING:
@@ -50,6 +54,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="prove every stored winner of this device's problems")
     parser.add_argument("--device", type=int, metavar="N", help="CUDA device (default: the current one)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_spec(parser)
     parser.set_defaults(run=run)
 
 
@@ -71,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _verify_one(store: Store, options: argparse.Namespace) -> int:
     trial = one_trial(store, options.key, options.config)
+    check_spec(trial.problem, options.specs)
     upstream = through(store, trial)
     device = device_of(options.device)
     from autotune.reproof import mismatch, rerun
@@ -87,7 +93,7 @@ def _verify_one(store: Store, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(findings.as_json(trial, upstream, outcome) | {"stored": not fault}, indent=1))
     else:
-        print("\n".join(findings.lines(trial, upstream, outcome)))
+        tell(findings.lines(trial, upstream, outcome))
         if not fault:
             print(f"stored    as a verification in {store.path}")
     return int(not outcome.safe or fault)
@@ -102,11 +108,12 @@ def _verify_all(store: Store, options: argparse.Namespace) -> int:
     fault = False
     for number, (problem, rows) in enumerate(winners.items()):
         _tell(f"[{number + 1}/{len(winners)}] {summary(problem)}")
-        proofs = list(_proofs(store, device, problem, rows))
+        proofs = list(_proofs(store, device, problem, rows, options.specs))
         fault |= _keep(store, [proof.verification for proof in proofs if proof.verification is not None])
         found += proofs
         if not options.json:
-            print("".join(f"{_line(proof)}\n" for proof in proofs), end="", flush=True)
+            tell(line for proof in proofs for line in _lines(proof))
+            sys.stdout.flush()
     bad = sum(not proof.safe and not proof.skipped for proof in found)
     skipped = sum(proof.skipped for proof in found)
     if options.json:
@@ -117,13 +124,15 @@ def _verify_all(store: Store, options: argparse.Namespace) -> int:
     return int(bool(bad) or fault)
 
 
-def _proofs(store: Store, device: DeviceInfo, problem: Problem, rows: Mapping[str, Winner]) -> Iterable[Reproof]:
+def _proofs(
+    store: Store, device: DeviceInfo, problem: Problem, rows: Mapping[str, Winner], specs: Collection[str]
+) -> Iterable[Reproof]:
     """Returns what becomes of the winners of ``problem``; raises nothing that concerns this problem alone."""
     from autotune.errors import AutotuneError, SuspectDevice
     from autotune.reproof import Reproof, mismatch, reprove
     from cache_db import Layers
 
-    reason = mismatch(problem, device)
+    reason = distrust(problem, specs) or mismatch(problem, device)
     if reason is not None:
         return [Reproof(winner, reason=reason, skipped=True) for winner in rows.values()]
     try:
@@ -145,10 +154,10 @@ def _keep(store: Store, judgements: Iterable[Verification]) -> bool:
     return False
 
 
-def _line(proof: Reproof) -> str:
+def _lines(proof: Reproof) -> tuple[str, str]:
     winner = proof.winner
     name = f"{short(key_of(winner))}  {winner.kernel}  {short(winner.config.hash)}"
-    return f"{name}  {_verdict(proof)}{f': {_reason(proof)}' if _reason(proof) else ''}\n    {winner.config}"
+    return f"{name}  {_verdict(proof)}{f': {_reason(proof)}' if _reason(proof) else ''}", f"    {winner.config}"
 
 
 def _verdict(proof: Reproof) -> str:
@@ -177,7 +186,7 @@ def _data(proof: Reproof) -> dict[str, object]:
 
 
 def _tell(text: str) -> None:
-    print(f"verify: {text}", file=sys.stderr, flush=True)
+    print(f"verify: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def seed(text: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 import autotune
 from autotune import Settings, resolve
 from flashbias.cli.main import main
-from tests.scripts.command_cases import DEVICE, GOOD, PROBLEM, Run
+from tests.scripts.command_cases import DEVICE, GOOD, IMPORTING, PROBLEM, Run
 
 
 @pytest.fixture
@@ -39,11 +39,12 @@ def folder(tmp_path: Path, tuned_file: Path, fresh_process: None) -> Path:
 
 @pytest.fixture
 def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command on the folder's database; returns exit code, stdout and stderr."""
+    """Runs the command on the folder's database, trusting its spec; returns exit code, stdout and stderr."""
 
-    def run(*arguments: str, cache: Path = folder) -> tuple[int, str, str]:
+    def run(*arguments: str, cache: Path = folder, trust: bool = True) -> tuple[int, str, str]:
+        trusted = ["--spec", PROBLEM.spec] if trust and arguments[0] in IMPORTING else []
         try:
-            code = main([*arguments, "--cache-dir", str(cache)])
+            code = main([*arguments, *trusted, "--cache-dir", str(cache)])
         except SystemExit as error:
             code = int(str(error.code))
         printed = capsys.readouterr()

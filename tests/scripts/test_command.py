@@ -20,7 +20,7 @@ from cache_db.models import Config, Verdict, Winner
 from flashbias.cli import findings
 from flashbias.cli.main import main
 from tests.autotune.softmax_spec import softmax_config
-from tests.scripts.command_cases import GOOD, KEY, PROBLEM, ROOT, WRONG, Run, python, trial
+from tests.scripts.command_cases import GOOD, KEY, PROBLEM, ROOT, WRONG, Run, proofs, python, trial
 
 
 def verify(run: Run, config: Config, *more: str) -> tuple[int, dict[str, Any]]:
@@ -42,7 +42,7 @@ def test_error_map_of_a_wrong_config_names_the_planted_row(run: Run, folder: Pat
     assert (ragged["y"]["row"], ragged["y"]["bad"], ragged["y"]["rows"]) == ([3], 1, 7)
     assert ragged["y"]["groups"] == [{"at": {}, "bad": 1, "rows": 7, "ranges": [[3, 3]], "hidden": 0}]
     assert [row["index"] for row in ragged["y"]["worst"]] == [[3]]
-    (kept,) = open_layers(folder).verifications(PROBLEM, "forward")
+    (kept,) = proofs(folder)
     assert (kept.config, kept.verdict, kept.seed) == (WRONG, Verdict.WRONG, found["seed"])
     details = tuple(OutputDetail.model_validate(each) for each in found["outputs"])
     outcome = Outcome(Verdict.WRONG, reason=found["reason"], seed=found["seed"], details=details)
@@ -62,7 +62,7 @@ def test_safe_config_is_proven_with_other_inputs_and_repeats(run: Run, folder: P
     assert "proving forward" in errors
     assert "proving" not in output
     assert trial(folder, GOOD) == before
-    assert [row.seed for row in open_layers(folder).verifications(PROBLEM, "forward")] == [12345]
+    assert [row.seed for row in proofs(folder)] == [12345]
 
 
 def test_backward_is_repeated_through_the_forward_it_was_judged_with(run: Run) -> None:
@@ -210,7 +210,7 @@ def test_verify_all_proves_this_devices_winners_and_skips_the_others(run: Run, f
     assert sorted(row["verdict"] for row in found["rows"]) == ["safe", "safe", "skipped", "skipped", "skipped"]
     reasons = " ".join(row["reason"] for row in found["rows"])
     assert all(f"another {word}" in reasons for word in ("gpu name", "triton version", "source"))
-    assert [(row.kernel, row.verdict) for row in store.verifications(PROBLEM)] == [
+    assert [(row.kernel, row.verdict) for row in proofs(folder)] == [
         ("forward", Verdict.SAFE),
         ("backward", Verdict.SAFE),
     ]
@@ -227,7 +227,7 @@ def test_verify_all_fails_when_a_winner_is_unsafe(run: Run, folder: Path) -> Non
     assert "wrong: 'y' is off by 1 in row 3" in output
     assert "no config of forward that it could run behind is safe" in output
     assert "[1/1] planted" in errors
-    assert [row.verdict for row in store.verifications(PROBLEM)] == [Verdict.WRONG]
+    assert [row.verdict for row in proofs(folder)] == [Verdict.WRONG]
 
 
 def test_verify_on_a_suspect_device_stores_nothing(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,4 +237,4 @@ def test_verify_on_a_suspect_device_stores_nothing(run: Run, folder: Path, monke
     code, _, errors = run("verify", "--key", KEY, "--config", GOOD.hash)
     assert code == 1
     assert "is suspect" in errors
-    assert open_layers(folder).verifications(PROBLEM) == []
+    assert proofs(folder) == []

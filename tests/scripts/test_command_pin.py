@@ -14,7 +14,7 @@ from autotune import Settings, resolve
 from cache_db import open_layers
 from cache_db.models import Pin, Verdict
 from tests.autotune.softmax_spec import softmax_config
-from tests.scripts.command_cases import DEVICE, GOOD, KEY, PROBLEM, WRONG, Run, python
+from tests.scripts.command_cases import DEVICE, GOOD, KEY, PROBLEM, WRONG, Run, proofs, python
 
 PARAMS = ("--params", '{"block": 128}', "--variant", "rows")
 PINNED = softmax_config(128)
@@ -33,7 +33,7 @@ def test_pin_is_proven_stored_listed_used_and_taken_back(run: Run, folder: Path)
     assert code == 0, errors
     assert f"{KEY[:12]} forward {PINNED.hash[:12]} {PINNED}: pinned" in output
     assert "proving forward" in errors
-    (proof,) = open_layers(folder).verifications(PROBLEM, "forward")
+    (proof,) = proofs(folder)
     assert (proof.config, proof.verdict, proof.level) == (PINNED, Verdict.SAFE, 2)
     (row,) = json.loads(run("pins", "--json")[1])["rows"]
     assert (row["key"], row["kernel"], row["config_hash"]) == (KEY, "forward", PINNED.hash)
@@ -81,7 +81,7 @@ def test_what_is_not_safe_is_not_pinned(run: Run, folder: Path, arguments: tuple
     assert "nothing is pinned" in errors
     assert expected in errors
     assert open_layers(folder).counts()["pins"] == 0
-    kept = [row.verdict for row in open_layers(folder).verifications(PROBLEM, "forward")]
+    kept = [row.verdict for row in proofs(folder)]
     assert kept == ([Verdict.WRONG] if expected.startswith("wrong") else [])
 
 

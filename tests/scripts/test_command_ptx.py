@@ -14,7 +14,7 @@ import triton
 from autotune.device import DeviceInfo, ptxas_version
 from autotune.remake import target
 from cache_db import open_layers
-from cache_db.models import Config, Environment, Problem, Trial, Verdict
+from cache_db.models import Config, Environment, Problem, Trial, Verdict, Verification
 from flashbias.cli.main import main
 from flashbias.kernels import space
 from flashbias.kernels.arguments import compile_kernel
@@ -52,9 +52,9 @@ def stored(found: Problem, config: Config, **changes: Any) -> Trial:
 def ptx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Ptx:
     """Stores a trial, runs the command on it with the folder ``out``; returns exit code, stdout and stderr."""
 
-    def ptx(row: Trial) -> tuple[int, str, str]:
+    def ptx(row: Trial, *more: str) -> tuple[int, str, str]:
         open_layers(tmp_path).add_trial(row)
-        names = ["--key", row.problem.key(row.kernel), "--config", row.config.hash]
+        names = ["--key", row.problem.key(row.kernel), "--config", row.config.hash, "--spec", row.problem.spec, *more]
         code = main(["ptx", *names, "--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path)])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -159,6 +159,7 @@ def test_trial_that_would_be_another_kernel_today_is_not_compiled(
         (lambda: stored(softmax_problem(DEVICE), softmax_config(2)), "block 2 does not hold a row"),
         (lambda: stored(softmax_problem(DEVICE), softmax_config(32), kernel="../../sideways"), "no such kernel"),
         (lambda: stored(softmax_problem(replace(DEVICE, capability=(0, 0))), GOOD), "is no GPU that Triton compiles"),
+        (lambda: stored(softmax_problem(replace(DEVICE, capability=(3, 5))), GOOD), "3.5: expected 7.0 or later"),
     ],
 )
 def test_what_cannot_be_made_is_a_message(ptx: Ptx, tmp_path: Path, row: Callable[[], Trial], expected: str) -> None:
@@ -167,6 +168,24 @@ def test_what_cannot_be_made_is_a_message(ptx: Ptx, tmp_path: Path, row: Callabl
     assert (code, output) == (1, "")
     assert expected in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("verdict", [Verdict.CRASHED, Verdict.TIMEOUT, Verdict.KILLED])
+def test_config_that_ended_a_process_is_compiled_only_when_told_to(ptx: Ptx, tmp_path: Path, verdict: Verdict) -> None:
+    """Compiling happens in this process: what a trial or a later proof did not survive is refused with the flag."""
+    config = softmax_config(32, "raises_at_compile")
+    row = stored(softmax_problem(DEVICE), config, verdict=verdict, reason="SIGABRT")
+    code, output, errors = ptx(row)
+    assert (code, output) == (1, "")
+    assert f"is stored as {verdict} (SIGABRT): compiling it may crash or hang this process" in errors
+    assert "--unsafe" in errors
+    assert "ValueError: planted" in ptx(row, "--unsafe")[2]
+    proof = Verification.of(row).model_copy(update={"verdict": Verdict.SAFE, "created_at": row.created_at + 1})
+    open_layers(tmp_path).add_verification(proof)
+    assert "ValueError: planted" in ptx(row)[2]
+    open_layers(tmp_path).add_verification(Verification.of(row).model_copy(update={"created_at": row.created_at + 2}))
+    assert "--unsafe" in ptx(row)[2]
 
 
 @pytest.mark.compile_only

@@ -16,6 +16,7 @@ from autotune import Settings
 from autotune.device import describe
 from cache_db import Pin, Problem, open_layers
 from flashbias.cli import prewarm, shapes
+from flashbias.cli.guard import MISUSED
 from flashbias.errors import ArgumentError
 from flashbias.kernels.problem import GRADIENTS, Shape, problem
 from tests.autotune.planted_spec import planted_problem
@@ -146,7 +147,7 @@ def test_wrong_flag_ends_with_usage_error(flags: list[str], capsys: pytest.Captu
         code = prewarm.main(flags)
     except SystemExit as error:
         code = int(str(error.code))
-    assert code == prewarm.MISUSED
+    assert code == MISUSED
     assert flags[1] in capsys.readouterr().err
 
 
@@ -233,7 +234,7 @@ def test_space_that_is_none_is_wrong_usage(
 ) -> None:
     """A name that leads nowhere ends with exit code 2 and is named with what was expected."""
     monkeypatch.setattr("sys.path", [*sys.path])
-    assert prewarm.main([*SMALL, "--cache-dir", str(tmp_path), "--space", space]) == prewarm.MISUSED
+    assert prewarm.main([*SMALL, "--cache-dir", str(tmp_path), "--space", space]) == MISUSED
     errors = capsys.readouterr().err
     assert expected in errors
     assert space in errors
