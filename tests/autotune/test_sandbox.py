@@ -246,7 +246,10 @@ with Sandbox(softmax_problem(), describe(-1), Limits(trial_seconds=60)) as sandb
     print(sandbox.prove("forward", softmax_config(), {}, 1, 0).verdict)
 
 """
+# A shell has Ctrl-C ignored in its background, whoever runs these tests there too.
 HANGING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from autotune.device import describe
 from autotune.sandbox import Limits, Sandbox
 from tests.autotune.softmax_spec import softmax_config, softmax_problem

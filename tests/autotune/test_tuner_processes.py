@@ -25,8 +25,10 @@ from tests.autotune.planted_spec import planted_problem
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = describe(-1)
 STARTED: list[subprocess.Popen[str]] = []
+# A shell has Ctrl-C ignored in its background, whoever runs these tests there too.
 RESOLVE = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from autotune import Settings, resolve
 from autotune.device import describe
@@ -127,7 +129,7 @@ def test_process_without_stdin_stdout_and_stderr_tunes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_killed_sweep_goes_on_where_it_was(tmp_path: Path, count: int) -> None:
     """After SIGKILL with k of n trials stored, the next process measures n - k, at once, and nothing twice."""
-    problem = planted_problem("32 64 128", "32 64 128", slow=0.05)
+    problem = planted_problem("32 64 128", "32 64 128", slow=0.02)
     database = open_layers(tmp_path)
     victim = start(problem, tmp_path)
     wait_for_trials(database, problem, count)
