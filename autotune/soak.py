@@ -104,14 +104,14 @@ def _keep(
     scene: Scene, kernel: str, config: Config, through: Mapping[str, Config], outcome: Outcome, done: int
 ) -> None:
     """Stores the trial, its times as they were, and the winner's new level."""
-    winner = scene.store.winners(scene.problem)[kernel]
     before = [each for each in scene.store.trials(scene.problem, kernel) if each.config == config]
-    figures = {**(before[0].figures if before else {"ms": winner.ms}), **outcome.figures}
+    figures = {**(before[0].figures if before else {}), **outcome.figures}
     if outcome.safe:
         figures["repeats"] = done
     trial = scene.trial(kernel, config, replace(outcome, figures=figures), through)
     scene.commit(trial)
-    if outcome.safe and winner.config == config:
+    winner = scene.store.winners(scene.problem).get(kernel)
+    if outcome.safe and winner is not None and winner.config == config:
         changed = {"level": LEVEL, "binary": trial.binary, "environment": trial.environment}
         changed |= {"proven_with": trial.proven_with, "created_at": trial.created_at}
         scene.store.put_winner(winner.model_copy(update=changed), replace=True)
