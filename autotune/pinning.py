@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from autotune.device import DeviceInfo
+from autotune.judgements import GATE_LEVEL
 from autotune.proofs import Prover
 from autotune.sandbox import Outcome
 from autotune.scene import hashes, open_scene
@@ -20,8 +21,6 @@ from cache_db.models import Config, Problem, Verification
 
 if TYPE_CHECKING:
     from cache_db import Layers
-
-LEVEL: Final = 2
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,6 @@ def prove_pin(
             return PinProof(through=through, reason=f"it is in quarantine: {bar.verdict}, {bar.reason}")
         with Watch(scene):
             repeats = None if device.interpreted else WINNER_REPEATS  # the interpreter has no races
-            outcome = scene.prove(kernel, config, through, LEVEL, repeats)
+            outcome = scene.prove(kernel, config, through, GATE_LEVEL, repeats)
         judgement = Verification.of(scene.trial(kernel, config, outcome, through))
         return PinProof(outcome, judgement, through, "" if outcome.safe else f"{outcome.verdict}, {outcome.reason}")

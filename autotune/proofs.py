@@ -17,8 +17,6 @@ from autotune.sandbox import Outcome
 from autotune.scene import Scene, hashes
 from cache_db.models import Config, Verdict, Winner
 
-__all__ = ["Adoption", "Choice", "Prover", "Scene"]
-
 Rung = Literal["pinned", "winner", "neighbour", "default"]
 NEIGHBOURS = 2
 

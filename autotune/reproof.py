@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from autotune.device import DeviceInfo
 from autotune.errors import AutotuneError
+from autotune.judgements import GATE_LEVEL
 from autotune.sandbox import Outcome
 from autotune.scene import Scene, open_scene
 from autotune.settings import Settings
@@ -20,8 +21,6 @@ from cache_db.models import Config, Problem, Trial, Verdict, Verification, Winne
 
 if TYPE_CHECKING:
     from cache_db import Layers
-
-LEVEL = 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def rerun(
     problem = trial.problem
     with open_scene(problem, device, settings, store, seed) as scene:
         with Watch(scene):
-            outcome = scene.prove_once(trial.kernel, trial.config, through, LEVEL, repeats, detail=True)
+            outcome = scene.prove_once(trial.kernel, trial.config, through, GATE_LEVEL, repeats, detail=True)
         return outcome, Verification.of(scene.trial(trial.kernel, trial.config, outcome, through))
 
 
@@ -111,7 +110,7 @@ def _reprove(scene: Scene, winners: Mapping[str, Winner]) -> Iterator[Reproof]:
         else:
             through = scene.upstream(kernel, usable)
             try:
-                outcome = scene.prove(kernel, winner.config, through, LEVEL)
+                outcome = scene.prove(kernel, winner.config, through, GATE_LEVEL)
             except AutotuneError as error:
                 yield Reproof(winner, reason=f"it could not be judged: {error}")
                 continue

@@ -45,6 +45,11 @@ class Resolution:
     swept: bool
     location: str
 
+    @property
+    def won(self) -> bool:
+        """Whether every kernel runs its winner, or what was pinned in its place, and not a rung below."""
+        return bool(self.choices) and all(choice.rung in ("winner", "pinned") for choice in self.choices.values())
+
 
 class _Process:
     """What one process remembers: decisions, their locks, and the databases opened."""

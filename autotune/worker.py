@@ -197,7 +197,7 @@ class Runner:
 
         with turn("" if rig.device.interpreted else rig.device.uuid, notice), rig.room(case):
             record = timing.interleaved(launches, question["rounds"], rig.torch_device, notice)
-            state = health.read(rig.device.uuid) if question["rounds"] >= LONG_ROUNDS else {}
+        state = health.read(rig.device.uuid) if question["rounds"] >= LONG_ROUNDS else {}
         if rig.timed_at:
             state["timed_at"] = rig.timed_at
         return {"figures": {name: {**stats[name], **each, **state} for name, each in record.figures().items()}}

@@ -70,9 +70,9 @@ def warm(problems: Sequence[Problem], device: DeviceInfo, chosen: Settings, repe
             print(f"    {line}", flush=True)
         before = time.monotonic()
         found = resolve(each, device, chosen)
-        if repeats and _won(found):
+        if repeats and found.won:
             found = soaked(each, device, chosen, found, repeats, lambda line: print(f"    {line}", flush=True))
-        failed += not _won(found)
+        failed += not found.won
         print(f"    {_told(found, time.monotonic() - before)}", flush=True)
     ready = len(problems) - failed
     print(f"{ready} of {len(problems)} problems have proven winners in {time.monotonic() - start:.0f} s")
@@ -91,10 +91,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _won(found: Resolution) -> bool:
-    return bool(found.choices) and all(choice.rung in ("winner", "pinned") for choice in found.choices.values())
-
-
 def _offered(each: Problem, device: DeviceInfo, chosen: Settings) -> Iterator[str]:
     """Yields what the space adds to each kernel's candidates, and how many of its configs the rules refuse, and why."""
     if chosen.space is None:
@@ -109,7 +105,7 @@ def _offered(each: Problem, device: DeviceInfo, chosen: Settings) -> Iterator[st
 
 
 def _told(found: Resolution, seconds: float) -> str:
-    if not _won(found):
+    if not found.won:
         return f"NO WINNER after {seconds:.1f} s: {found.reason}"
     verb = f"tuned in {seconds:.1f} s" if found.swept else "already tuned"
     configs = "; ".join(f"{kernel}: {choice.config}" for kernel, choice in found.choices.items())

@@ -27,7 +27,7 @@ def soaked(
     to soak or it cannot be judged. Raises SuspectDevice.
     """
     failed: set[tuple[str, str]] = set()
-    while found.choices and all(choice.rung in ("winner", "pinned") for choice in found.choices.values()):
+    while found.won:
         before = time.monotonic()
         try:
             results = soak(problem, device, chosen, open_layers(chosen.cache_dir), repeats)

@@ -11,8 +11,9 @@ import autotune
 from autotune import Settings, resolve
 from autotune.device import describe
 from autotune.lease import _address, _start_time, claim, hostname
-from autotune.proofs import Prover, Scene
+from autotune.proofs import Prover
 from autotune.sandbox import Sandbox
+from autotune.scene import Scene
 from autotune.tuner import _taken, _tune
 from cache_db import open_layers
 from tests.autotune.planted_spec import PLANTED, planted_problem
