@@ -126,6 +126,7 @@ class Runner:
         """Gives back what is kept for the next question, and takes a new look at what is free."""
         self._sample = None
         self._rig.forget()
+        gc.collect()  # exceptions and frames hold each other now and then, and the frames what ran out of memory
         room.confine(self._rig.torch_device)
 
     def _answer_compile(self, question: Message) -> Message:

@@ -81,10 +81,11 @@ def planted_problem(
     default: str = "256",
     columns: int = 19,
     slow: float = 0.0,
+    dtype: str = "float32",
     device: DeviceInfo | None = None,
 ) -> Problem:
     """Returns a problem with these candidates, on ``device`` or else the interpreter."""
-    plain = softmax_problem(device or describe(-1), columns=columns)
+    plain = softmax_problem(device or describe(-1), columns=columns, dtype=dtype)
     planted = {"forward": forward, "backward": backward, "default": default, "slow": slow}
     return Problem(**{**dict(plain), "spec": f"{__name__}:PLANTED", "fields": {**plain.fields, **planted}})
 

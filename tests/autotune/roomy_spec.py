@@ -33,12 +33,13 @@ class CrowdedSpec(PlantedSpec):
     def inputs(self, problem: Problem, case: Case, seed: int, device: torch.device) -> Tensors:
         """Returns the softmax's, or runs out of memory; the rows of inputs that are still in use count too."""
         limit, rows = Path(os.environ["PLANTED_ROWS"]).read_text(encoding="utf-8"), int(case.sizes["rows"])
-        if sum(_in_use.values()) + rows > int(limit):
-            raise torch.OutOfMemoryError("planted. Tried to allocate 7.00 GiB. GPU 0 is full")
-        found = super().inputs(problem, case, seed, device)
-        number = next(_numbers)
+        found, number = super().inputs(problem, case, seed, device), next(_numbers)
         _in_use[number] = rows
         weakref.finalize(found["x"], _in_use.pop, number)
+        if sum(_in_use.values()) > int(limit):
+            error = torch.OutOfMemoryError("planted. Tried to allocate 7.00 GiB. GPU 0 is full")
+            error.cycle = error  # type: ignore[attr-defined]  # it, and what its frames hold, outlives its handling
+            raise error
         return found
 
 

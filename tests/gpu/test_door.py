@@ -168,7 +168,11 @@ def test_profiler_is_on_for_exactly_the_launches_asked_for(
     assert events[first + 1 : last] == ["launch"] * 7
     assert events[:first] == ["launch"] * 8
     assert events[last + 1 :] == []
-    assert "of 7 launches, with a cold L2" in output
+    told = re.search(r"of (\d+) launches, with a cold L2", output)
+    dropped = re.search(r"^throttled +(\d+)$", output, re.MULTILINE)
+    assert told is not None
+    assert dropped is not None
+    assert int(told.group(1)) + int(dropped.group(1)) == 7
 
 
 def test_time_and_figures_of_a_run_are_those_of_the_sweep(folder: Path, command: Command) -> None:

@@ -42,7 +42,11 @@ with Sandbox(planted_problem(device=device), device) as sandbox:
 def run(code: str, visible: str | None, *arguments: str) -> str:
     """Returns the last line that ``code`` says in a fresh process which sees the devices ``visible``."""
     variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    variables |= {"PYTHONPATH": HOME} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    paths = [
+        HOME,
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]  # the latter where packages lie outside of this Python
+    variables |= {"PYTHONPATH": os.pathsep.join(paths)} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr

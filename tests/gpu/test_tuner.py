@@ -70,7 +70,8 @@ def test_bad_candidate_loses_to_the_good_one(tmp_path: Path, fault: str, verdict
 def test_a_soak_raises_winners_to_level_3(tmp_path: Path) -> None:
     """Both kernels agree with themselves 20,000 times on four draws, while the timing of the sweep stays."""
     device, settings = describe(0), Settings(cache_dir=tmp_path)
-    problem = planted_problem("32 64", "32", device=device)
+    # In fp32 a softmax of large logits is no test for many draws: on some, any honest kernel is over the spec's budget.
+    problem = planted_problem("32 64", "32", dtype="bfloat16", device=device)
     resolve(problem, device, settings)
     results = soak(problem, device, settings, open_layers(tmp_path), 20_000)
     assert [(each.passed, each.repeats) for each in results] == [(True, 20_000)] * 2
