@@ -98,7 +98,6 @@ def confine(device: torch.device) -> None:
     """Limits this process, a child, to what it has and what is free now, less the ``reserve``."""
     if device.type != "cuda":
         return
-    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.memory_reserved(device) + max(free - reserve(free), 0)
     torch.cuda.set_per_process_memory_fraction(min(allowed / total, 1.0), device)

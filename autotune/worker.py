@@ -92,7 +92,7 @@ class Runner:
             except GateFault as fault:
                 answer = {"fault": str(fault), "sticky": self._poisoned()}
             if answer.get("outcome", {}).get("verdict") == Verdict.KILLED and not answer.get("sticky"):
-                torch.cuda.empty_cache()  # what it took until nothing was left: the caller may need it now
+                self._give_back()  # what it took until nothing was left: the caller may need it now
             self._send(answer)
             if answer.get("sticky"):
                 os._exit(POISONED)
@@ -126,8 +126,13 @@ class Runner:
         """Gives back what is kept for the next question, and takes a new look at what is free."""
         self._sample = None
         self._rig.forget()
-        gc.collect()  # exceptions and frames hold each other now and then, and the frames what ran out of memory
+        self._give_back()
         room.confine(self._rig.torch_device)
+
+    def _give_back(self) -> None:
+        """Gives the device what nothing here needs; an exception and its frames, which hold tensors, may hold each other."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _answer_compile(self, question: Message) -> Message:
         return {"outcome": self._compile(question)}
@@ -189,7 +194,7 @@ class Runner:
             launches[config.hash] = launch
             stats[config.hash] = rig.compiled(kernel, config).stats
         if len(launches) < len(question["configs"]):
-            torch.cuda.empty_cache()  # one of those that failed may have taken all there was
+            self._give_back()  # one of those that failed may have taken all there was
         if starved and not launches and hasattr(rig.spec, "smaller"):
             raise NoRoom(f"no room for any launch of {kernel}; {room.CURE}", shrinkable=True, own=True)
 

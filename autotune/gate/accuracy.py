@@ -24,6 +24,9 @@ FLOOR: Final = 0.1
 WORST_ROW: Final = 10.0
 CEILINGS: Final = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 LARGEST: Final = 1e30
+# What kernels that sum in fp32 are off by, in whatever order they do, as a part of the same sum over absolute values.
+# It counts for rows that cancel so far that this is more than their budget: for 16-bit inputs to a ten-thousandth.
+SUMMED: Final = 2.0**-22
 
 
 class GateFault(AutotuneError):
@@ -144,7 +147,8 @@ def _rows(rule: Rule, reference: Reference, ideal: torch.Tensor, floor: Floor) -
     distance = float(torch.linalg.vector_norm(torch.where(cancels, 0.0, off)))
     whole = distance / size if size else distance
     budget = rule.factor * ideal_error + unit
-    threshold = torch.where(cancels, torch.maximum(budget * scale, unit * absolute), budget * scale)
+    summed = min(SUMMED, 4 * unit) * absolute  # the latter for what sums in fp64
+    threshold = torch.maximum(budget * scale, torch.where(cancels, unit * absolute, summed))
     if reference.magnitude is not None:  # nothing was added up, so nothing but zero is right
         threshold = torch.where(absolute == 0, 0.0, threshold)
     return Yardstick(rule, value, scale, threshold, budget), whole, ideal_error

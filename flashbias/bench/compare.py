@@ -58,6 +58,11 @@ def compare(shape: Shape, rounds: int, device: torch.device, *, check: bool = Tr
     if check:
         _judge(rows, results, inputs, LIMITS[shape.dtype])
     runs = {name: PROVIDERS[name] for name in results}
+    with (
+        torch.no_grad()
+    ):  # without gradients it is another problem; its first call may tune, and wait for the turn below
+        for forward in runs.values():
+            forward(inputs)
     with turn(describe(device.index or 0).uuid if device.type == "cuda" else ""):
         _time(rows, runs, inputs, rounds, device)
     work = 2.0 * shape.batch * shape.nheads * scores(shape) * (shape.headdim + (shape.value_dim or shape.headdim))
@@ -83,8 +88,6 @@ def _gradients(forward: Forward, inputs: Inputs) -> tuple[Tensor | None, ...]:
 def _time(rows: dict[str, Row], runs: dict[str, Forward], inputs: Inputs, rounds: int, device: torch.device) -> None:
     """Fills in medians; a provider's backward is timed alone, on a graph that is kept."""
     with torch.no_grad():
-        for forward in runs.values():  # without gradients it is another problem, with a first call of its own
-            forward(inputs)
         forwards = {name: (lambda forward=forward: forward(inputs)) for name, forward in runs.items()}
         for name, figures in interleaved(forwards, rounds, device, lead_cycles=_LEAD_CYCLES).figures().items():
             rows[name].forward_ms = float(figures["ms"])

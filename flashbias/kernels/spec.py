@@ -207,7 +207,7 @@ class AttentionSpec:
         found = {
             "out": Reference(out, sizes[0]),
             "lse": Reference(lse),
-            "delta": Reference(_delta(out, dout, lse, dlse)),
+            "delta": Reference(_delta(out, dout, lse, dlse), _delta(out.abs(), dout.abs(), lse, _negated(dlse))),
         }
         for name, value, size in zip(gradients._fields, gradients, sizes[1:], strict=True):
             if value is not None:
@@ -280,6 +280,11 @@ def _delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
     """Returns rowsum(O ∘ dO) - dLSE as (B, H, Sq); a row without a key has no dLSE."""
     delta = (out * dout).sum(-1).transpose(1, 2)
     return delta if dlse is None else delta - torch.where(lse == -torch.inf, 0.0, dlse.to(delta.dtype))
+
+
+def _negated(dlse: Tensor | None) -> Tensor | None:
+    """Returns -|dLSE|, which ``_delta`` takes from a sum of absolute values."""
+    return None if dlse is None else -dlse.abs()
 
 
 def _call(problem: Problem, inputs: Tensors) -> _Call:

@@ -145,6 +145,27 @@ def test_rows_that_cancel_are_judged_against_what_cancelled() -> None:
     assert judged(rule, excess).bad == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_that_cancel_in_part_may_be_made_in_another_order(dtype: torch.dtype) -> None:
+    """A row of one number, a sum of 64 products, is off by what its terms are rounded by, however small it is itself."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for _ in range(300):
+        a, b = (torch.randn(4, 1, 64, generator=generator, dtype=torch.float64).to(dtype).double() for _ in range(2))
+        terms = a * b
+        exact = torch.tensor([[math.fsum(row[0])] for row in terms.tolist()], dtype=torch.float64)
+        narrow = (a.to(dtype) * b.to(dtype))[:, 0]
+        in_order = torch.stack(narrow.unbind(1)).cumsum(0)[-1][:, None]
+        reference = Reference(exact, terms.abs().sum(-1))
+        rule = yardstick("delta", Rule("rows", 3.0), reference, narrow.sum(-1, keepdim=True), dtype)
+        assert judged(rule, in_order).ratio <= 1
+        worst = max(worst, float(((in_order - exact).abs() / (rule.budget * rule.scale[:, None])).max()))
+        wrong = exact.clone()
+        wrong[2] += 2 * rule.threshold[2]
+        assert judged(rule, wrong).bad == 1
+    assert worst > 1  # without regard to the terms some of these would be called wrong
+
+
 def test_inputs_on_which_the_ideal_kernel_is_far_off_are_a_fault_of_the_gate(attention: Attention) -> None:
     """Nothing is judged with a yardstick that is itself wrong."""
     with pytest.raises(GateFault, match="even the ideal kernel is off"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from flashbias.bench import compare as comparison
-from flashbias.bench.providers import PROVIDERS, make
+from flashbias.bench.providers import PROVIDERS, Inputs, make, ours
 from flashbias.cli import benchmark
 from flashbias.kernels.problem import GRADIENTS, Shape
 from tests.flashbias.drawn import default_configs
@@ -71,6 +72,26 @@ def test_without_gradients_there_is_no_backward() -> None:
     """A shape of inference is timed and checked forward only, in the table too."""
     rows = comparison.compare(SHAPE.model_copy(update={"grads": ()}), 1, CPU)
     assert {(row.backward_ms, *row.errors) for row in rows if not row.missing} == {(None, "out")}
+
+
+def test_nothing_is_called_first_while_the_turn_on_the_gpu_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first call may tune in a child, which waits for that turn: with gradients or without, it comes before."""
+    held, calls = [False], []
+
+    @contextmanager
+    def turn(_gpu: str) -> Iterator[bool]:
+        held[0] = True
+        yield True
+
+    def provider(inputs: Inputs) -> torch.Tensor:
+        calls.append((torch.is_grad_enabled(), held[0]))
+        return ours(inputs)
+
+    monkeypatch.setattr(comparison, "turn", turn)
+    monkeypatch.setattr(comparison, "PROVIDERS", {"ours": provider})
+    comparison.compare(SHAPE, 1, CPU)
+    before = {with_gradients for with_gradients, during in calls if not during}
+    assert before == {True, False} == {with_gradients for with_gradients, during in calls if during}
 
 
 def test_a_window_is_missing_from_peers() -> None:
