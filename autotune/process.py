@@ -1,29 +1,24 @@
 """A killable child process and the line to it: how :mod:`autotune.sandbox` reaches :mod:`autotune.worker`.
 
-The child is a fresh interpreter (nothing is pickled, the caller's ``__main__`` is never imported), so it starts from
-a script without a guard, ``python -c``, a REPL and a notebook alike. It lives in a session of its own, where no
-Ctrl-C reaches it, and the kernel of the operating system kills it when the caller's process ends in any way.
+The child is born in a :mod:`autotune.nursery`, so it starts from a script without a guard, ``python -c``, a REPL and a
+notebook alike. It lives in a session of its own, where no Ctrl-C reaches it, and the kernel of the operating system
+kills it when the caller's process ends in any way.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from multiprocessing import Pipe
 from typing import Any, Final
 
 from autotune.errors import AutotuneError
 from autotune.last_words import appending_file, last_line
-from autotune.threads import NoThread, start
+from autotune.nursery import bear
+from autotune.threads import NoThread
 from cache_db.models import Verdict
 
 Message = dict[str, Any]
@@ -76,7 +71,7 @@ class Child:
     def pid(self) -> int | None:
         """The process id while there is a process."""
         process = self._process
-        return process.popen.pid if process else None
+        return process.pid if process else None
 
     @property
     def closed(self) -> bool:
@@ -161,39 +156,25 @@ class Child:
 
 
 class _Process:
-    """The operating system's side of one child: process, connection, and what it wrote to stderr."""
+    """One child as the caller has it: connection, end, and what it wrote to stderr."""
 
     def __init__(self, role: str, variables: dict[str, str]) -> None:
         self._owner = os.getpid()
         self._output = appending_file()
         self._connection, end = Pipe()
-        # Above 2: where the caller closed its stdio the pipe has such a number, and the child's stdio would take it.
-        theirs = fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
-        end.close()
-        started: Future[subprocess.Popen[bytes]] = Future()
-        arguments = [sys.executable, "-P", "-m", "autotune.worker", role, str(theirs), str(self._owner)]
-        # The kernel's death signal follows the *thread* that started the child, so that thread lives as long as it.
-        self._keeper = threading.Thread(
-            target=_keep,
-            args=(arguments, variables, theirs, self._output, started),
-            name="autotune-keeper",
-            daemon=True,
-        )
-        try:
-            start(self._keeper)
-        except NoThread:
-            os.close(theirs)
-            self._connection.close()
-            raise
-        self.popen = started.result()
-        self._answered_at = time.monotonic()
+        with end:
+            self._child = bear(role, variables, end.fileno(), self._output)
 
     def __del__(self) -> None:
         os.close(self._output)
 
     @property
+    def pid(self) -> int | None:
+        return self._child.pid
+
+    @property
     def alive(self) -> bool:
-        return self.popen.returncode is None and os.getpid() == self._owner
+        return self._child.status is None and os.getpid() == self._owner
 
     def send(self, message: Message) -> None:
         self._connection.send_bytes(json.dumps(message).encode())
@@ -213,15 +194,12 @@ class _Process:
     def kill(self) -> None:
         if os.getpid() != self._owner:  # a fork of the caller: the child is not ours to end
             return
-        if self.popen.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.popen.pid, signal.SIGKILL)
-        self._keeper.join(REAP_SECONDS)
+        self._child.kill()
+        self._child.wait(REAP_SECONDS)
 
     def _death(self) -> ChildDied:
-        self._keeper.join(REAP_SECONDS)
-        status = self.popen.returncode
-        said = last_line(self._output)
+        self._child.wait(REAP_SECONDS)
+        status, said = self._child.status, last_line(self._output) or self._child.words
         if status is None:
             return ChildDied(Verdict.CRASHED, f"the worker closed its connection; {said}")
         return death(status, said)
@@ -238,30 +216,3 @@ def death(status: int, said: str) -> ChildDied:
         except ValueError:
             how = f"signal {-status}"
     return ChildDied(Verdict.CRASHED, f"{how}: {said}" if said else how)
-
-
-def _keep(
-    arguments: list[str],
-    variables: dict[str, str],
-    theirs: int,
-    output: int,
-    started: Future[subprocess.Popen[bytes]],
-) -> None:
-    """Starts the child and stays until it has ended."""
-    try:
-        popen = subprocess.Popen(
-            arguments,
-            env=variables,
-            pass_fds=(theirs,),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=output,
-            start_new_session=True,
-        )
-    except BaseException as error:  # noqa: BLE001  # raised again where the caller waits for ``started``
-        started.set_exception(error)
-        return
-    finally:
-        os.close(theirs)
-    started.set_result(popen)
-    popen.wait()

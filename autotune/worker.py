@@ -1,6 +1,6 @@
-"""What runs in a child: ``python -P -m autotune.worker compiler|runner FD PARENT``, started by :mod:`autotune.process`.
+"""What runs in a child, the compiler or the runner of a sandbox: born by :mod:`autotune.nurse`, asked by :mod:`autotune.process`.
 
-Messages are JSON on the inherited descriptor FD. The first one received is the greeting (problem, device, limits),
+Messages are JSON on an inherited descriptor. The first one received is the greeting (problem, device, limits),
 answered with ``{"ready": true}`` or ``{"fault": why}``; then come questions until the connection closes.
 """
 
@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import traceback
 from collections.abc import Mapping
 from functools import partial
@@ -43,14 +42,22 @@ POISONED: Final = 70
 LONG_ROUNDS: Final = 20
 
 
-def main() -> None:
-    """Serves one role until the parent closes the connection or ends."""
-    role, descriptor, parent = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it kills this process
-    die_with(int(parent))
+def prepare() -> None:
+    """Does what every child would do first, before any is born; touches no GPU."""
+    with contextlib.suppress(ImportError):  # a private function of Triton: without it compiles are slower, not wrong
+        from triton.runtime.cache import triton_key
+
+        if "TRITON_INTERPRET" not in os.environ:
+            triton_key()  # hashing Triton's own files takes half a second
+
+
+def live(role: str, descriptor: int, parent: int) -> None:
+    """Serves one role on ``descriptor`` until the caller closes it or ``parent`` ends. Does not return."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle: it kills this process
+    die_with(parent)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _volunteer_for_the_oom_killer()
-    connection: Connection[Any, Any] = Connection(int(descriptor))
+    connection: Connection[Any, Any] = Connection(descriptor)
     status = 1
     try:
         greeting = json.loads(connection.recv_bytes())
@@ -58,7 +65,7 @@ def main() -> None:
         status = 0
     except (EOFError, BrokenPipeError):
         status = 0
-    except BaseException:  # noqa: BLE001  # ``_exit`` would hide it; the parent reports the last line
+    except BaseException:  # noqa: BLE001  # ``_exit`` would hide it; the caller reports the last line
         traceback.print_exc()
     finally:
         os._exit(status)  # tearing down a CUDA context may hang
@@ -258,8 +265,6 @@ def _serve(role: str, connection: Connection[Any, Any], greeting: Message) -> No
         connection.send_bytes(json.dumps({"fault": summarize(error)}).encode())
         return
     connection.send_bytes(json.dumps({"ready": True}).encode())
-    if not device.interpreted:
-        _hash_triton()
     if role == "runner":
         runner.serve()
         return
@@ -267,14 +272,6 @@ def _serve(role: str, connection: Connection[Any, Any], greeting: Message) -> No
     work = partial(compile_one, spec, problem, device)
     in_fork = partial(die_with, os.getpid())
     ForkServer(connection, work, in_fork, greeting["workers"], greeting["compile_seconds"]).serve()
-
-
-def _hash_triton() -> None:
-    """Does now what the first compile would do, and each fork again: hashing Triton's own files takes half a second."""
-    with contextlib.suppress(ImportError):  # a private function of Triton: without it compiles are slower, not wrong
-        from triton.runtime.cache import triton_key
-
-        triton_key()
 
 
 def _take_device(device: DeviceInfo) -> None:
@@ -298,7 +295,3 @@ def _volunteer_for_the_oom_killer() -> None:
     """Asks the system to end this process before the caller's when memory runs out."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
-
-
-if __name__ == "__main__":
-    main()

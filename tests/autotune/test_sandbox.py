@@ -313,11 +313,7 @@ def test_ctrl_c_is_the_callers_and_leaves_no_child(tmp_path: Path) -> None:
 
 
 def test_a_child_sees_one_gpu_and_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner sees its GPU by UUID, the compiler none; neither believes to be a rank of the caller's job.
-
-    The compiler allocates in huge pages unless the user has said how to allocate.
-    """
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    """The runner sees its GPU by UUID, the compiler none; neither believes to be a rank of the caller's job."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "of the job")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -329,10 +325,6 @@ def test_a_child_sees_one_gpu_and_no_job(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "TRITON_INTERPRET" not in runner
     assert runner["TRITON_CACHE_DIR"] == "kept"
     assert environment(describe(-1), gpu=False)["TRITON_INTERPRET"] == "1"
-    assert "hugetlb" in compiler["GLIBC_TUNABLES"]
-    assert "GLIBC_TUNABLES" not in runner
-    monkeypatch.setenv("GLIBC_TUNABLES", "the user's")
-    assert environment(HOPPER, gpu=False)["GLIBC_TUNABLES"] == "the user's"
 
 
 def test_the_childs_path_is_the_callers_with_shadows_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from autotune import Settings, resolve
 from autotune.compilation import Compilation
 from autotune.device import describe
 from autotune.lease import claim
+from autotune.nursery import Nursery
 from autotune.process import SandboxError
 from autotune.sandbox import Sandbox
 from autotune.threads import NoThread
@@ -27,8 +28,9 @@ DEVICE = describe(-1)
 
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
-    """Makes each test start like a new process."""
+    """Makes each test start like a new process, whose first child needs a thread."""
     autotune.forget()
+    Nursery.forget()
     yield
     autotune.forget()
 
@@ -58,7 +60,7 @@ def test_child_without_a_thread_to_keep_it_is_a_sandbox_error() -> None:
         pytest.raises(SandboxError, match="cannot start the runner: cannot start the thread autotune-keeper"),
     ):
         sandbox.prove("forward", softmax_config(32), {}, 1, 0)
-    assert descriptors() == before
+    assert descriptors() <= before  # an older one may have closed meanwhile
 
 
 def test_compiling_without_a_thread_says_so() -> None:
@@ -86,6 +88,7 @@ def test_call_runs_what_is_stored_or_nothing(tmp_path: Path, caplog: pytest.LogC
     problem = planted_problem("32 64 128", "32 64 128")
     resolve(problem, DEVICE, Settings(cache_dir=tmp_path, budget_seconds=0.001))
     autotune.forget()
+    Nursery.forget()
     with no_threads():
         stored = resolve(problem, DEVICE, Settings(cache_dir=tmp_path, finish=True))
         missed = resolve(planted_problem("64"), DEVICE, Settings(cache_dir=tmp_path))

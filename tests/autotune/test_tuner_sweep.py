@@ -17,6 +17,7 @@ from autotune import Mode, Settings, resolve
 from autotune.candidate import Candidate
 from autotune.device import describe
 from autotune.lease import hostname
+from autotune.nursery import Nursery
 from cache_db import open_layers
 from cache_db.models import Config, Environment, Problem, Scalar, Trial, Verdict
 from tests.autotune.planted_spec import planted_problem
@@ -301,6 +302,7 @@ def test_gpu_that_can_start_no_child_costs_a_warning_not_a_call(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the sandbox cannot start, the caller gets nothing to run, a reason, and no exception."""
+    Nursery.forget()
     monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
     found = resolve(planted_problem(), replace(DEVICE), Settings(cache_dir=tmp_path))
     assert found.choices == {}
