@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ def touch_memory(gibibytes: int) -> None:
 
 
 def test_all_candidates_of_a_problem_compile_in_little_more_than_serial_time_over_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     """At least 40 configs take at most 1.3 times what one core would need, divided by the number of cores."""
     device = describe(0)
@@ -60,4 +60,5 @@ def test_all_candidates_of_a_problem_compile_in_little_more_than_serial_time_ove
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "serial"))
     sample = items[::SAMPLE]
     alone = seconds(found, device, sample, 1) / (len(sample) - 1)
+    record_property("share_of_serial_over_cores", together / (alone / cores))
     assert together <= 1.3 * alone / cores
