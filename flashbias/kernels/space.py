@@ -7,7 +7,7 @@ from typing import Final
 
 from autotune.device import DeviceInfo
 from cache_db.models import Config, Problem, Scalar
-from flashbias.kernels import space_fp32, splitting
+from flashbias.kernels import space_fp32, space_memory, splitting
 from flashbias.kernels.problem import FEW_QUERIES, wanted
 
 IMPLEMENTATION: Final = "triton"
@@ -152,10 +152,11 @@ def rejects(kernel: str, candidate: Config, problem: Problem, device: DeviceInfo
             return reason
     if values > _MAX_VALUES_PER_THREAD:
         return f"{values} fp32 values per thread would spill (limit {_MAX_VALUES_PER_THREAD})"
-    needed = _shared_bytes(kernel, candidate, problem)
+    dims = padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"]))
+    needed = space_memory.least_bytes(kernel, candidate, problem, dims, device.capability)
     if needed > device.shared_memory:
         return f"needs at least {needed} bytes of shared memory, the device has {device.shared_memory}"
-    return None
+    return space_memory.tensor_memory_reason(kernel, candidate, problem, device.capability)
 
 
 def _widest(problem: Problem) -> int:
@@ -196,12 +197,3 @@ def _values_per_thread(kernel: str, candidate: Config, problem: Problem) -> int:
         # Each warp holds all of k and v, two numbers in one register: ptxas spilled 500 to 1,700 bytes from 512 on.
         values = max(values, block_n * (dim + value_dim) // 64)
     return values
-
-
-def _shared_bytes(kernel: str, candidate: Config, problem: Problem) -> int:
-    """Returns the least shared memory of the streamed tiles; what the compiler adds is found by compiling."""
-    dim, value_dim = padded(int(problem.fields["head_dim"])), padded(int(problem.fields["value_dim"]))
-    rows = int(candidate.params["BLOCK_M" if kernel == "backward_dkdv" else "BLOCK_N"])
-    columns = dim + value_dim + int(problem.fields["rank_dim"])
-    itemsize = 4 if problem.fields["dtype"] == "float32" else 2
-    return itemsize * rows * columns * max(1, int(candidate.params["num_stages"]) - 1)

@@ -84,8 +84,8 @@ def test_faults_of_compile_time_end_the_compile_and_nothing_else() -> None:
     assert outcomes[items[-1]].safe
 
 
-def test_the_rules_let_the_tile_pass_that_does_not_fit() -> None:
-    """It is no straw man: only compiling it tells that it needs more shared memory than the device has."""
+def test_the_tile_that_does_not_fit_passes_the_zoos_rules_and_compiles() -> None:
+    """Only loading it tells that it needs more shared memory than the device has."""
     problem, config = home(HOPPER), planted(bearer("shared_memory", HOPPER), "shared_memory")
     assert SPEC.rejects("forward", config, problem, HOPPER) is None
     assert int(SPEC.compile("forward", config, problem, HOPPER).stats["shared"]) > HOPPER.shared_memory
