@@ -27,7 +27,7 @@ WIDE = Shape(
     batch=2, nheads=16, seqlen_q=8192, seqlen_k=8192, headdim=64, rank=8, causal=True, dtype="bfloat16",
     grads=GRADIENTS[:5],
 )  # fmt: skip
-# What an H200 chose: docs/benchmarks.md.
+# What an H200 chose: docs/benchmarks/README.md.
 WINNERS = [
     (SMALL, "forward", "pointers", (64, 64, 4, 2)),
     (SMALL, "backward_dq", "pointers", (64, 64, 4, 3)),
