@@ -51,8 +51,13 @@ class Newborn:
         self._known.wait(START_SECONDS)
         return self._pid
 
+    @property
+    def is_born(self) -> bool:
+        """Whether there is, or has been, a process. What imports may still be at work."""
+        return self._pid is not None
+
     def kill(self) -> None:
-        """Kills it with everything it has started. Does not wait."""
+        """Kills it with everything it has started, as soon as it is born. Does not wait."""
         if self.status is None:
             self._kill()
 

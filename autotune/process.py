@@ -195,7 +195,8 @@ class _Process:
         if os.getpid() != self._owner:  # a fork of the caller: the child is not ours to end
             return
         self._child.kill()
-        self._child.wait(REAP_SECONDS)
+        if self._child.is_born:
+            self._child.wait(REAP_SECONDS)
 
     def _death(self) -> ChildDied:
         self._child.wait(REAP_SECONDS)
