@@ -129,10 +129,8 @@ class Nursery:
         except NoThread:
             os.close(end)
             self._line.close()
+            os.close(self._output)
             raise
-
-    def __del__(self) -> None:
-        os.close(self._output)
 
     @classmethod
     def of(cls, variables: Mapping[str, str]) -> Nursery:
@@ -229,6 +227,7 @@ class Nursery:
             self.open = False
             left, self._children = self._children, {}
             self._line.close()
+            os.close(self._output)
         for newborn in left.values():
             newborn.ended(status, words)
 
