@@ -39,14 +39,17 @@ class Nurse:
 
     def serve(self) -> None:
         """Works until the other end of the line closes."""
+        poll = select.poll()  # ``select`` takes no descriptor above 1023, which the line has where the caller has many
+        for end in (self._line, self._wake):
+            poll.register(end, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._line, self._wake], [], [])
-            if self._wake in ready:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._wake.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     while self._wake.recv(MESSAGE_BYTES):
                         pass
             self._reap()
-            if self._line not in ready:
+            if self._line.fileno() not in ready:
                 continue
             message, descriptors, *_ = socket.recv_fds(self._line, MESSAGE_BYTES, DESCRIPTORS)
             if not message:
@@ -62,20 +65,20 @@ class Nurse:
                     os.close(descriptor)
 
     def _bear(self, number: int, connection: int, output: int, letter: int) -> None:
+        nurse = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:
             self._tell({"number": number, "status": 1, "why": str(error)})
             return
         if pid == 0:
-            self._live(connection, output, letter)
+            self._live(nurse, connection, output, letter)
         self._children[pid] = number
         self._tell({"number": number, "pid": pid})
 
-    def _live(self, connection: int, output: int, letter: int) -> None:
+    def _live(self, nurse: int, connection: int, output: int, letter: int) -> None:
         """The child's whole life. It leaves by ``os._exit``: nothing of this process's may be torn down there."""
         try:
-            nurse = os.getppid()
             os.setsid()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -83,6 +86,7 @@ class Nurse:
                 end.close()
             os.dup2(output, 2)
             os.close(output)
+            os.set_inheritable(connection, False)  # held by a program started here, it would hide this child's end
             with os.fdopen(letter, "rb") as file:
                 told: dict[str, Any] = json.loads(file.read())
             os.environ.clear()
@@ -96,11 +100,15 @@ class Nurse:
             os._exit(1)
 
     def _kill(self, number: int) -> None:
-        """Kills a child with everything it started, if it has not been reaped: its process id is still its own."""
+        """Kills a child with everything it started, if it has not been reaped: its process id is still its own.
+
+        Answers that it has heard: what is killed may take long to end.
+        """
         for pid in [pid for pid, each in self._children.items() if each == number]:
             for kill in (os.killpg, os.kill):  # killpg finds nothing while the child has no session yet
                 with contextlib.suppress(ProcessLookupError):
                     kill(pid, signal.SIGKILL)
+        self._tell({"number": number, "heard": True})
 
     def _reap(self) -> None:
         while self._children:
@@ -117,6 +125,7 @@ def main() -> None:
     """Serves until the caller closes the line or ends."""
     descriptor, parent = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle: it has children killed
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the caller's thread may block SIGCHLD, and deaths would go unseen
     worker.die_with(int(parent))
     worker.prepare()
     gc.freeze()  # a collection in a fork would touch, and so copy, every page of the imports

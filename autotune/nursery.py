@@ -9,6 +9,7 @@ process, and its children with it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -82,7 +83,9 @@ def bear(role: str, variables: Mapping[str, str], connection: int, output: int) 
 
     ``variables`` is its whole environment. Returns at once. Raises OSError or NoThread when nothing can be started.
     """
-    letter = {"role": role, "variables": dict(variables), "folder": _folder()}
+    # An environment may begin with an entry without a name, which nobody can set or clear.
+    variables = {name: value for name, value in variables.items() if name}
+    letter = {"role": role, "variables": variables, "folder": _folder()}
     while True:
         newborn = Nursery.of(variables).bear(letter, connection, output)
         if newborn is not None:
@@ -90,8 +93,9 @@ def bear(role: str, variables: Mapping[str, str], connection: int, output: int) 
 
 
 def _key(variables: Mapping[str, str]) -> frozenset[tuple[str, str]]:
-    """Returns what may decide what an import does."""
-    return frozenset((name, value) for name, value in variables.items() if name not in READ_LATE)
+    """Returns what may decide what an import does, and who the process is."""
+    read = {name: value for name, value in variables.items() if name not in READ_LATE}
+    return frozenset({**read, "": str(os.geteuid())}.items())
 
 
 def _folder() -> str:
@@ -114,6 +118,9 @@ class Nursery:
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._children: dict[int, Newborn] = {}
+        # Whom this nursery was asked to kill without a sign of having heard, and those of them that it has ignored for long.
+        self._unheard: set[int] = set()
+        self._ignored: set[int] = set()
         self._numbers = 0
         self.open = True
         self._answered = False
@@ -149,7 +156,7 @@ class Nursery:
         cls._known, cls._choosing = {}, threading.Lock()
 
     def bear(self, letter: Mapping[str, Any], connection: int, output: int) -> Newborn | None:
-        """Asks for a child; returns None where this nursery has closed meanwhile."""
+        """Asks for a child; returns None where this nursery has closed meanwhile. Raises OSError where one cannot be asked for."""
         with tempfile.TemporaryFile() as file, self._lock:
             if not self.open:
                 return None
@@ -160,16 +167,20 @@ class Nursery:
             newborn = self._children[number] = Newborn(lambda: self._ask("kill", number))
             try:
                 socket.send_fds(self._line, [_message("bear", number)], [connection, output, file.fileno()])
-            except OSError:  # it has died; the listening thread is about to find out
+            except OSError as error:
                 del self._children[number]
-                self.open = False
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # another nursery could do no better
+                    raise
+                self.open = False  # it has died; the listening thread is about to find out
                 return None
             return newborn
 
     def _ask(self, what: str, number: int) -> None:
         if self._owner == os.getpid():  # in a fork of the caller the child is not ours to end
-            with contextlib.suppress(OSError):
-                self._line.send(_message(what, number))
+            with self._lock, contextlib.suppress(OSError):
+                if number in self._children:
+                    self._unheard.add(number)
+                    self._line.send(_message(what, number))
 
     def _keep(self, variables: dict[str, str], end: int) -> None:
         """Starts the process, hears what becomes of its children, and closes it once it has had none for a while."""
@@ -186,48 +197,64 @@ class Nursery:
                 stderr=self._output,
                 start_new_session=True,
             )
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait shall hear it
             self._end(1, str(error))
             return
         finally:
             os.close(end)
-        while self._listen():
+        while self._listen(process):
             pass
         with contextlib.suppress(OSError):
             self._line.shutdown(socket.SHUT_RDWR)  # a fork of the caller may hold the line too
         status = process.wait()
         self._end(-signal.SIGKILL if self._answered else status, last_line(self._output))
 
-    def _listen(self) -> bool:
+    def _listen(self, process: subprocess.Popen[bytes]) -> bool:
         """Takes the next answer; returns False when there will be no other."""
         try:
             message = self._line.recv(MESSAGE_BYTES)
         except TimeoutError:
-            with self._lock:
-                self.open = bool(self._children)
-                return self.open
-        except ConnectionResetError:  # it ended with a request unread
+            return self._bear_with_silence(process)
+        except OSError:  # it ended with a request unread, or the caller has closed what it does not know
             return False
         if not message:
             return False
         self._answered = True
         answer = json.loads(message)
         with self._lock:
-            newborn = self._children[answer["number"]]
+            number = answer["number"]
             if "pid" in answer:
-                newborn.born(answer["pid"])
-            else:
-                del self._children[answer["number"]]
-                newborn.ended(answer["status"], answer.get("why", ""))
+                self._children[number].born(answer["pid"])
+                return True
+            self._unheard.discard(number)
+            if "status" in answer:
+                self._children.pop(number).ended(answer["status"], answer.get("why", ""))
         return True
+
+    def _bear_with_silence(self, process: subprocess.Popen[bytes]) -> bool:
+        """Returns whether to listen on to a process that has said nothing for a while, and ends it otherwise.
+
+        It may go on while it has children, unless it has died (a fork of the caller made at the wrong moment holds its
+        end of the line) or hears no more (stopped, or hung): it ignored a kill. One that still imports hears nothing
+        either; it ends when nobody waits for it any more.
+        """
+        with self._lock:
+            ignored = self._ignored & self._unheard
+            self._ignored = set(self._unheard)
+            deaf = bool(ignored) and (self._answered or self._unheard >= self._children.keys())
+            self.open = bool(self._children) and not deaf and process.poll() is None
+            if not self.open:
+                process.kill()
+            return self.open
 
     def _end(self, status: int, words: str) -> None:
         """Tells the children that are left, born or not, that they have died with their nursery."""
         with self._lock:
             self.open = False
             left, self._children = self._children, {}
-            self._line.close()
-            os.close(self._output)
+            for close in (self._line.close, lambda: os.close(self._output)):
+                with contextlib.suppress(OSError):  # the caller has closed what it does not know
+                    close()
         for newborn in left.values():
             newborn.ended(status, words)
 

@@ -7,6 +7,7 @@ kills it when the caller's process ends in any way.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -166,7 +167,8 @@ class _Process:
             self._child = bear(role, variables, end.fileno(), self._output)
 
     def __del__(self) -> None:
-        os.close(self._output)
+        with contextlib.suppress(AttributeError):  # there was no descriptor left for it
+            os.close(self._output)
 
     @property
     def pid(self) -> int | None:

@@ -37,6 +37,16 @@ runner = sandbox._runner.pid
 print(runner, open(f"/proc/{runner}/stat").read().split()[3], flush=True)
 time.sleep(600)
 """
+# What a caller of its own begins with.
+SETUP = """
+from autotune.device import describe
+from autotune.sandbox import Sandbox
+from tests.autotune.planted_spec import planted_problem
+from tests.autotune.softmax_spec import softmax_config
+sandbox = Sandbox(planted_problem(), describe(-1))
+def prove(name):
+    return sandbox.prove("forward", softmax_config(32, name) if name != "fine" else softmax_config(32), {}, 1, 0)
+"""
 
 
 @pytest.fixture
@@ -209,4 +219,71 @@ def test_a_nursery_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytes
         pytest.raises(SandboxError, match=r"the runner did not start: .*planted: nothing starts here"),
     ):
         sandbox.prove("forward", GOOD, {}, 1, 0)
+    Nursery.forget()
+
+
+def outcome_of(program: str, timeout: float = 60.0) -> list[str]:
+    """Returns the lines that a caller of its own prints, which has a ``sandbox`` and does what ``program`` says."""
+    finished = subprocess.run(
+        [sys.executable, "-c", SETUP + program], cwd=HOME, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.splitlines()
+
+
+def test_deaths_are_seen_where_the_caller_blocks_signals_and_has_many_descriptors() -> None:
+    """A nursery inherits the blocked SIGCHLD, and a line with a number that ``select`` does not take."""
+    program = """
+import os, resource, signal
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 2000), most))
+many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+print(*(prove(name).verdict for name in ("killed_at_launch", "fine")))
+"""
+    assert outcome_of(program) == ["killed safe"]
+
+
+def test_an_environment_may_hold_what_nobody_can_set(tmp_path: Path) -> None:
+    """Entries without a name, bytes that are no text and long values reach a child, or are left out."""
+    program = f"""
+import os, subprocess, sys
+if "PLANTED" not in os.environ:
+    planted = os.environ | {{"": "nameless", "PLANTED": "\\udcff", "LONG": 100_000 * "x"}}
+    sys.exit(subprocess.call([sys.executable, *sys.orig_argv[1:]], env=planted))
+folder = os.path.join(os.fsencode({str(tmp_path)!r}), b"\\xff")
+os.mkdir(folder)
+os.chdir(folder)
+print(prove("fine").verdict, os.readlink(f"/proc/{{sandbox._runner.pid}}/cwd".encode()) == folder)
+"""
+    assert outcome_of(program) == ["safe True"]
+
+
+def test_what_cannot_be_started_or_asked_for_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python has no executable the reason comes at once, and a descriptor that is closed makes no new nurseries."""
+    Nursery.forget()
+    monkeypatch.setattr(sys, "executable", None)
+    with Sandbox(planted_problem(), DEVICE) as sandbox, pytest.raises(SandboxError, match="NoneType"):
+        sandbox.prove("forward", GOOD, {}, 1, 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        nursery.bear("runner", {}, 987_654, 2)
+    Nursery.forget()
+
+
+def test_a_nursery_that_hears_no_more_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped one is killed with its children once it has ignored a kill for a while."""
+    monkeypatch.setattr(nursery, "LINGER_SECONDS", 0.3)
+    Nursery.forget()
+    with Sandbox(planted_problem(), DEVICE) as sandbox:
+        assert proven(sandbox)
+        runner, nurse = sandbox._runner.pid, mother(sandbox)
+        assert runner is not None
+        os.kill(nurse, signal.SIGSTOP)
+        started = time.monotonic()
+        sandbox.close()
+        assert time.monotonic() - started < 10.0
+    assert gone(nurse)
+    assert gone(runner)
+    with Sandbox(planted_problem(), DEVICE) as later:
+        assert proven(later)
     Nursery.forget()
