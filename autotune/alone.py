@@ -100,7 +100,8 @@ class Alone:
             launch()
             rig.wait()
             with turn("" if rig.device.interpreted else rig.device.uuid):
-                record = timing.interleaved({"": launch}, iterations, device)
+                replay = timing.replay(launch, timing.pool(device))
+                record = timing.interleaved({"": replay}, iterations, device)
                 if device.type == "cuda":
                     with _profiled(f"flashbias {trial.kernel} {trial.config.hash[:12]}"):
                         for _ in range(iterations):

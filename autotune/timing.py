@@ -1,13 +1,17 @@
 """Times kernels against each other: interleaved, so that a change of clocks meets all of them, and with a cold L2.
 
-Each round also tells the multiprocessors' clock: the busy-wait that gives the host its lead counts cycles, and events
-time it. Rounds in which the clock was down are dropped; candidates are compared round by round.
+Only the device is timed. Everything is queued behind a busy-wait before the device begins, and what can be captured is
+replayed as a CUDA graph, so that many small operations of one launch follow each other without the host.
+
+Each round also tells the multiprocessors' clock: the busy-wait counts cycles, and events time it. Rounds in which the
+clock was down are dropped; candidates are compared round by round.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -24,9 +28,10 @@ WARM_SECONDS: Final = 0.05
 SMALLEST_FLUSH: Final = 64 << 20
 # Launches queued behind one busy-wait. CUDA blocks the host near 1024 queued operations; a launch needs about five.
 LAUNCHES_A_LEAD: Final = 64
-# Clock cycles of that wait for each launch (about 65 us): with it the host is always ahead, and the events of a
-# launch never enclose the time the host took to enqueue it.
+# Clock cycles of that wait for each launch (about 65 us): the host is to be done before the wait is over, so that the
+# events of a launch never enclose the time the host took to queue it. Where it was late, it gets up to 2**5 times that.
 LEAD_CYCLES: Final = 120_000
+MOST_DOUBLINGS: Final = 5
 # A round whose clock is below this part of the median round's was throttled.
 THROTTLED: Final = 0.97
 
@@ -81,18 +86,18 @@ def interleaved(
     """Runs every launch once a round, ``rounds`` times, and records the milliseconds of each.
 
     On a GPU the L2 is flushed before each launch and CUDA events time it, behind a busy-wait of ``lead_cycles`` for each
-    launch, which must outlast the host's work for it; ``notice`` is called before each round.
+    launch, which grows where the host's work outlasts it; ``notice`` is called before each round.
     Candidates slower than ``LAGGARD`` times the fastest of the first round keep that one sample.
     """
     record = Record({name: [] for name in launches})
     running = dict(launches)
-    buffer = _flush_buffer(device) if device.type == "cuda" else None
+    stopwatch = _Stopwatch(device, lead_cycles) if device.type == "cuda" else None
     for number in range(rounds):
         notice()
-        if buffer is None:
+        if stopwatch is None:
             timed = _time_on_cpu(running)
         else:
-            timed, clock = _time_on_gpu(running, buffer, lead_cycles)
+            timed, clock = stopwatch.time(running)
             record.clocks.append(clock)
         for name, milliseconds in timed.items():
             record.samples[name].append(milliseconds)
@@ -100,6 +105,33 @@ def interleaved(
             fastest = min(timed.values(), default=0.0)
             running = {name: run for name, run in launches.items() if timed[name] <= LAGGARD * fastest}
     return record
+
+
+def pool(device: torch.device) -> Any:
+    """Returns a pool of memory that graphs may share of which one runs at a time; None on a CPU."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def replay(launch: Launch, pool: Any) -> Launch:
+    """Returns the replay of a CUDA graph of ``launch``, which must have run before, with its memory in ``pool``.
+
+    Returns ``launch`` itself without a pool, and where it cannot be captured: because it waits for the device, for
+    example, or for want of memory. Raises what a replay raises.
+    """
+    if pool is None:
+        return launch
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # A capture that fails leaves its stream behind as the current one; the stream's context brings ours back.
+        with warnings.catch_warnings(), torch.cuda.stream(torch.cuda.current_stream()):
+            warnings.simplefilter("ignore")  # torch's, of the empty graph that a failure leaves
+            with torch.cuda.graph(graph, pool=pool):
+                launch()
+    except RuntimeError:
+        return launch
+    graph.replay()  # the first one uploads it
+    torch.cuda.synchronize()
+    return graph.replay
 
 
 def summary(samples: Sequence[float]) -> dict[str, Scalar]:
@@ -130,31 +162,51 @@ def _time_on_cpu(launches: Mapping[str, Launch]) -> dict[str, float]:
     return result
 
 
-def _time_on_gpu(
-    launches: Mapping[str, Launch], flush: torch.Tensor, lead_cycles: int
-) -> tuple[dict[str, float], float]:
-    """Returns the milliseconds of each launch, and the multiprocessors' clock in MHz (the lowest met)."""
-    result: dict[str, float] = {}
-    clocks: list[float] = []
-    names = list(launches)
-    for first in range(0, len(names), LAUNCHES_A_LEAD):
-        chunk = names[first : first + LAUNCHES_A_LEAD]
+class _Stopwatch:
+    """Times launches on a GPU; knows how much of a lead the host needs, and finds more if it was late."""
+
+    def __init__(self, device: torch.device, lead_cycles: int) -> None:
+        self._flush = _flush_buffer(device)
+        self._lead_cycles = lead_cycles
+        self._most_cycles = lead_cycles << MOST_DOUBLINGS
+        self._at_once = LAUNCHES_A_LEAD
+
+    def time(self, launches: Mapping[str, Launch]) -> tuple[dict[str, float], float]:
+        """Returns the milliseconds of each launch, and the multiprocessors' clock in MHz (the lowest met)."""
+        result: dict[str, float] = {}
+        clocks: list[float] = []
+        waiting = list(launches)
+        while waiting:
+            chunk = waiting[: self._at_once]
+            timed, clock, late = self._time({name: launches[name] for name in chunk})
+            if late and self._lead_cycles < self._most_cycles:
+                self._lead_cycles *= 2
+                self._at_once = max(self._at_once // 2, 1)  # it may have been the queue that was full
+                continue
+            result |= timed
+            clocks.append(clock)
+            waiting = waiting[len(chunk) :]
+        return result, min(clocks, default=0.0)
+
+    def _time(self, launches: Mapping[str, Launch]) -> tuple[dict[str, float], float, bool]:
+        """Returns milliseconds, the clock in MHz, and whether the device began before the host had queued everything."""
+        cycles = self._lead_cycles * len(launches)
+        wait = _events()
+        wait[0].record()
+        torch.cuda._sleep(cycles)  # noqa: SLF001  # the only busy-wait
+        wait[1].record()
         events: dict[str, tuple[Any, Any]] = {}
-        lead = _events()
-        lead[0].record()
-        torch.cuda._sleep(lead_cycles * len(chunk))  # noqa: SLF001  # the only busy-wait
-        lead[1].record()
-        for name in chunk:
+        for name, launch in launches.items():
             before, after = _events()
-            flush.zero_()
+            self._flush.zero_()
             before.record()
-            launches[name]()
+            launch()
             after.record()
             events[name] = (before, after)
+        late = wait[1].query()
         torch.cuda.synchronize()
-        clocks.append(lead_cycles * len(chunk) / (1e3 * lead[0].elapsed_time(lead[1])))
-        result |= {name: before.elapsed_time(after) for name, (before, after) in events.items()}
-    return result, min(clocks, default=0.0)
+        clock = cycles / (1e3 * wait[0].elapsed_time(wait[1]))
+        return {name: before.elapsed_time(after) for name, (before, after) in events.items()}, clock, late
 
 
 def _events() -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """How the gate treats candidates that nobody spoilt: how long it takes for each, and whether it rejects good ones.
 
 All candidates of several problems are compiled in parallel and proven as they come, at level 1 and at level 2, behind
-the spec's default configs. A rejected one gets a screen of ten times the repeats with other seeds: it counts as good if
+the spec's default configs; each kernel's first is timed before, as in a sweep, which compiles what it packs its inputs
+with. A rejected one gets a screen of ten times the repeats with other seeds: it counts as good if
 that finds nothing.
 """
 
@@ -151,6 +152,21 @@ class _Page:
         ordered = [name for name in self.spec.kernels(self.problem) if name in needed]
         return {name: self.spec.default(name, self.problem, self.device) for name in ordered}
 
+    def behind_compiled_defaults(self) -> Iterator[tuple[str, Config, Outcome]]:
+        """Yields each candidate once it is compiled, and what it is proven through: no proof's seconds hold a compile."""
+        waiting: list[tuple[str, Config, Outcome]] = []
+        done: set[tuple[str, str]] = set()
+        for kernel, config, outcome in self.compiled:
+            done.add((kernel, config.hash))
+            waiting.append((kernel, config, outcome))
+            ready = [each for each in waiting if done >= self._needed(each[0])]
+            waiting = [each for each in waiting if each not in ready]
+            yield from ready
+        yield from waiting  # behind a default that is no candidate: the first of these compiles it
+
+    def _needed(self, kernel: str) -> set[tuple[str, str]]:
+        return {(name, config.hash) for name, config in self.through(kernel).items()}
+
     def prove(self, kernel: str, config: Config, level: int) -> Outcome:
         """Returns the gate's outcome, on the next seed's inputs where one's prove nothing. Raises GateFault."""
         for _ in range(SEEDS - 1):
@@ -197,11 +213,14 @@ def _read(page: _Page, found: Survey, good: int, deadline: float) -> None:
 
 
 def _cases(page: _Page, found: Survey) -> Iterator[Case]:
-    first = True
-    for kernel, config, compiled in page.compiled:
+    first, timed = True, set[str]()
+    for kernel, config, compiled in page.behind_compiled_defaults():
         if not compiled.safe:
             found.impossible += 1
             continue
+        if kernel not in timed:
+            timed.add(kernel)
+            page.sandbox.measure(kernel, [config], page.through(kernel), 1)
         quick, whole = (page.prove(kernel, config, level) for level in (1, 2))
         if whole.verdict in IMPOSSIBLE:
             found.impossible += 1
