@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 
-from autotune import health, room, timing
+from autotune import health, interpreter, room, timing
 from autotune.device import DeviceInfo, uuid_of
 from autotune.errors import NoRoom
 from autotune.forks import ForkServer
@@ -259,6 +259,8 @@ def _serve(role: str, connection: Connection[Any, Any], greeting: Message) -> No
     try:
         problem, device = Problem(**greeting["problem"]), DeviceInfo.from_json(greeting["device"])
         spec = load(problem.spec)
+        if device.interpreted:
+            interpreter.hasten()
         if role == "runner":
             _take_device(device)
             runner = Runner(spec, problem, device, connection)

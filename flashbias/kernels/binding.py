@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import _allocation
 
-from autotune import occupancy
+from autotune import interpreter, occupancy
 from cache_db.models import Scalar
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ _UNALIGNED = frozenset(
     {"mask_ptr", "mask_strides", "dmask_ptr", "dmask_strides", "dlse_ptr", "dq_bias_strides", "dk_bias_strides"}
     | {"cu_seqlens_q_ptr", "cu_seqlens_k_ptr"}
 )
+
+if triton.knobs.runtime.interpret:
+    interpreter.hasten()
 
 
 @dataclass(frozen=True)
