@@ -141,10 +141,14 @@ class Prover:
         same = winner.environment == scene.device.environment and winner.proven_with == hashes(through)
         if same and winner.level >= 2 and winner.created_at > judgements.lifted_at(winner.config):
             return Outcome(Verdict.SAFE, winner.level, "", {}, scene.seed, winner.binary, 0.0)
+        self._announce(kernel)
+        return self.proof(kernel, winner.config, chosen, 2)
+
+    def _announce(self, kernel: str) -> None:
+        """Says that a stored winner has to be proven again."""
         logger.info(
             "proving the stored winner of %s again: it was proven elsewhere, at another level, or lifted", kernel
         )
-        return self.proof(kernel, winner.config, chosen, 2)
 
     def _rungs(self, kernel: str, winners: Mapping[str, Winner]) -> Iterator[tuple[Rung, Config]]:
         scene = self._scene

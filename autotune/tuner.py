@@ -120,6 +120,16 @@ def confirm(problem: Problem, device: DeviceInfo, settings: Settings, kernel: st
         return _process.confirmed[key]
 
 
+def decided(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution | None:
+    """Returns what this process has decided for ``problem``, None while it has not; decides nothing."""
+    return _process.decided.get((problem, device.index, settings.identity))
+
+
+def opened(settings: Settings) -> Layers | None:
+    """Returns the database of ``settings`` if this process has opened it by now; opens nothing."""
+    return _process.stores.get(None if settings.mode is Mode.OFF else settings.cache_dir)
+
+
 def forget() -> None:
     """Forgets every decision of this process, so that the next ``resolve`` asks the database again."""
     _process.decided.clear()

@@ -14,11 +14,11 @@ import importlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, NullPool, Select, Table, create_engine, event, func, or_, select
+from sqlalchemy import URL, Connection, Delete, Engine, NullPool, Select, Table, create_engine, event, func, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from cache_db import leases, rows, rules, schema
@@ -199,6 +199,11 @@ class Store:
         query = query.order_by(table.c.created_at, table.c.key_hash, table.c.config_hash)
         return rows.decode_all(kind, self._fetch(query))
 
+    def remove(self, found: Iterable[Trial | Verification | Winner | Lift]) -> int:
+        """Deletes these very rows, all or none, and returns how many; one that was written anew meanwhile stays."""
+        with self._writing() as connection:
+            return sum(connection.execute(_deletion(row)).rowcount for row in found)
+
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
         """Takes the lease of a problem for at most ``rules.LONGEST_LEASE``; None while someone else's stands."""
         with self._writing() as connection:
@@ -292,6 +297,12 @@ class Store:
 def _of(table: Table, problem: Problem, kernel: str | None = None) -> Select[Any]:
     query = select(table).where(table.c.problem_hash == problem.hash)
     return query if kernel is None else query.where(table.c.kernel == kernel)
+
+
+def _deletion(row: Trial | Verification | Winner | Lift) -> Delete:
+    table, values = _TABLES[type(row)], rows.encode(row)
+    names = ["id"] if "id" in values else ["key_hash", "config_hash", "created_at"]
+    return table.delete().where(*(table.c[name] == values[name] for name in names))
 
 
 def _problem_query() -> Select[Any]:

@@ -3,7 +3,7 @@
 ``flash_bias_func`` computes softmax(q kᵀ · scale + q_bias k_biasᵀ + mask) v and its gradients, and
 ``flash_bias_varlen_func`` those of packed sequences of different lengths; ``factors`` builds
 q_bias and k_bias for well-known biases; ``nn`` has an attention layer made with both; ``settings`` says how
-configurations are found, for a block of code. The method is FlashBias (arXiv:2505.12044).
+configurations are found, for a block of code; ``explain`` says which one a call runs, and why. The method is FlashBias (arXiv:2505.12044).
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from flashbias import factors, nn
     from flashbias.api import flash_bias_func
     from flashbias.errors import ArgumentError, FlashBiasError, UnsupportedError
+    from flashbias.explained import Explanation
+    from flashbias.explaining import explain
     from flashbias.merge import merge_attention
     from flashbias.settings import settings
     from flashbias.varlen.api import flash_bias_varlen_func
@@ -60,10 +62,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgumentError",
     "CacheMiss",
+    "Explanation",
     "FlashBiasError",
     "SettingsError",
     "UnsupportedError",
     "__version__",
+    "explain",
     "factors",
     "flash_bias_func",
     "flash_bias_varlen_func",
@@ -75,9 +79,11 @@ __all__ = [
 _HOMES = {
     "ArgumentError": "flashbias.errors",
     "CacheMiss": "autotune.errors",
+    "Explanation": "flashbias.explained",
     "FlashBiasError": "flashbias.errors",
     "SettingsError": "autotune.errors",
     "UnsupportedError": "flashbias.errors",
+    "explain": "flashbias.explaining",
     "flash_bias_func": "flashbias.api",
     "flash_bias_varlen_func": "flashbias.varlen.api",
     "merge_attention": "flashbias.merge",

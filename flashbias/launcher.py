@@ -68,7 +68,7 @@ def planned_forward(
     q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
     band = band.within(q.shape[1], k.shape[1])
     with _on(q.device):
-        plan = plan_for(q, k, v, q_bias, mask, band, _for_kernels(grads, mask), precision)
+        plan = plan_for(q, k, v, q_bias, mask, band, for_kernels(grads, mask), precision)
         if not plan.binaries:
             return *eager.forward(*call, grads), EAGER
         tensors, sizes, _ = _prepared(q, k, q_bias, k_bias, mask, band, ())
@@ -113,7 +113,7 @@ def backward(
     band = band.within(q.shape[1], k.shape[1])
     inputs = (q, k, v, q_bias, k_bias, mask)
     with _on(q.device):
-        kernel_grads = _for_kernels(grads, mask)
+        kernel_grads = for_kernels(grads, mask)
         plan = plan or plan_for(q, k, v, q_bias, mask, band, kernel_grads, precision, through_forward=True)
         if not plan.binaries:
             return eager.backward(*call)
@@ -140,7 +140,7 @@ def backward(
     return (*gradients, dmask if whole is None else expanded(dmask, whole.shape))
 
 
-def _for_kernels(grads: Wanted, mask: Tensor | None) -> Wanted:
+def for_kernels(grads: Wanted, mask: Tensor | None) -> Wanted:
     """Returns what kernels have to compute: the gradient of a mask without keys of its own is not among it."""
     keys = mask is not None and mask.shape[3] > 1 and mask.stride(3) != 0
     return (*grads[:5], grads[5] and keys)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import autotune
 from autotune.device import DeviceInfo, describe
+from cache_db.models import Problem
 from flashbias.band import Band
 from flashbias.kernels import arguments, factors
 from flashbias.kernels.binding import Binary
@@ -71,12 +72,19 @@ class Plan:
 EAGER: Final = Plan()
 _plans: dict[tuple[Any, ...], Plan] = {}
 _latest: dict[tuple[Any, ...], Plan] = {}
+_refused: dict[tuple[Any, ...], str] = {}
 
 
 def forget() -> None:
     """Forgets every plan of this process, so that the next call asks the tuner again."""
     _plans.clear()
     _latest.clear()
+    _refused.clear()
+
+
+def refusal(problem: Problem, device: DeviceInfo, settings: autotune.Settings) -> str | None:
+    """Returns why this process runs ``problem`` eager although its configs are proven, None where it does not."""
+    return _refused.get((problem, device.index, settings.identity))
 
 
 def has_kernels(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None, precision: str = "default") -> bool:
@@ -150,13 +158,13 @@ def plan_for(
     if plan is None:
         if device.index >= 0 and torch.cuda.is_current_stream_capturing():
             return EAGER
-        plan = _make_plan(_shape(q, k, v, q_bias, mask, grads, aligned, precision, extent), band, device, chosen)
+        plan = _make_plan(shape_of(q, k, v, q_bias, mask, grads, aligned, precision, extent), band, device, chosen)
         _plans[key, aligned, chosen.identity] = plan
     _latest[key] = plan
     return plan
 
 
-def _shape(
+def shape_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -167,6 +175,7 @@ def _shape(
     precision: str,
     extent: Extent | None,
 ) -> Shape:
+    """Returns what this call asks the tuner for; ``aligned`` says whether q, k and v all lie on 16-byte steps."""
     batch, seqlen_q, seqlen_k = extent or (q.shape[0], q.shape[1], k.shape[1])
     return Shape(
         batch=batch,
@@ -218,16 +227,22 @@ def _make_plan(shape: Shape, band: Band, device: DeviceInfo, settings: autotune.
     try:
         _compile_packing(shape, device)
     except Exception as error:  # noqa: BLE001 - as below
-        logger.warning("factors cannot be packed: no kernel can be compiled here (%s); running eager", error)
-        return EAGER
+        return _eager(found, device, settings, f"factors cannot be packed: no kernel can be compiled here ({error})")
     for kernel, choice in resolution.choices.items():
         try:
             binary = arguments.compile_kernel(kernel, choice.config, found, device).load()
         except Exception as error:  # noqa: BLE001 - it compiled when it was proven; a full disk or no compiler is no reason to crash
-            logger.warning("%s is not used: it cannot be compiled here (%s); running eager", kernel, error)
-            return EAGER
+            return _eager(found, device, settings, f"{kernel} is not used: it cannot be compiled here ({error})")
         if not autotune.confirm(found, device, settings, kernel, choice, binary.binary):
-            logger.warning("%s is not used: the binary compiled here could not be proven; running eager", kernel)
-            return EAGER
+            return _eager(
+                found, device, settings, f"{kernel} is not used: the binary compiled here could not be proven"
+            )
         binaries[kernel] = binary
     return Plan(binaries, found.layout == "aligned")
+
+
+def _eager(found: Problem, device: DeviceInfo, settings: autotune.Settings, reason: str) -> Plan:
+    """Returns the plan without kernels, and says and remembers why."""
+    logger.warning("%s; running eager", reason)
+    _refused[found, device.index, settings.identity] = reason
+    return EAGER

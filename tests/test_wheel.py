@@ -57,7 +57,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert metadata["Name"] == "flashbias"
     assert metadata["Version"] == flashbias.__version__
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"bench", "cli", "dev", "postgres", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"bench", "cli", "dev", "postgres", "test", "transformers"}
 
 
 def test_the_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -53,7 +52,7 @@ def open_store(folder: Path | None) -> Store:
             "the database", expected="a folder", got="none in the settings", cure="Name one: --cache-dir"
         )
     path = place / FILE_NAME
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:  # SQLite would make a database of an empty file
         raise WrongUsage.explain(
             "--cache-dir",
             expected=f"a folder with a {FILE_NAME}",
@@ -137,14 +136,6 @@ def one_trial(store: Store, key: str, config: str) -> Trial:
 def short(name: str) -> str:
     """Returns the part of a hash that people are shown."""
     return name[:SHOWN]
-
-
-def when(seconds: float) -> str:
-    """Returns a time as people read it; a row's may be anything."""
-    try:
-        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-    except (OverflowError, OSError, ValueError):
-        return f"at {seconds:g} s"
 
 
 def user() -> str:

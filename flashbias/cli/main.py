@@ -1,4 +1,4 @@
-"""The command ``flashbias``: looks into the tuning database, proves again what it holds, and pins configs in it.
+"""The command ``flashbias``: explains what runs, looks into the tuning database, proves again what it holds, and pins configs in it.
 
 Results go to stdout, progress and complaints to stderr. The exit code is 0 when all is well, 1 when something is
 unsafe or failed, 2 for wrong usage, 130 after Ctrl-C.
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import flashbias
 from autotune.errors import SettingsError
-from flashbias.cli import pin, ptx, quarantine, run, trials, verify
+from flashbias.cli import doctor, env, explain, pin, prune, ptx, quarantine, run, stored, trials, verify
 from flashbias.cli.database import WrongUsage
+from flashbias.cli.deferred import Deferred
 from flashbias.cli.guard import guarded
 from flashbias.settings import current
 
@@ -37,11 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="folder of the database (default: as for the library)"
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (verify, trials, ptx, run):
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Deferred)
+    for command in (explain, verify, trials, ptx, run, doctor, env):
         command.add_parser(commands, common)
     pin.add_parsers(commands, common)
     cache = commands.add_parser("cache", help="look into the tuning database")
     parts = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    stored.add_parsers(parts, common)
+    prune.add_parser(parts, common)
     quarantine.add_parser(parts, common)
     return parser

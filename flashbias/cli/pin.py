@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from autotune.evidence import when
 from autotune.lease import hostname
 from autotune.messages import summary
 from cache_db.models import Config, Pin, Trial, Verification, Winner
@@ -27,7 +28,6 @@ from flashbias.cli.database import (
     prefix,
     short,
     user,
-    when,
 )
 from flashbias.cli.devices import device as device_of
 from flashbias.cli.text import printable, tell

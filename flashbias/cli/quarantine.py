@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from autotune.evidence import when
 from autotune.judgements import QUARANTINE_SECONDS, Judgement, Judgements, Reach
 from autotune.lease import hostname
 from autotune.messages import summary
 from autotune.place import Place
 from cache_db.models import Lift, Trial, Verification
-from flashbias.cli.database import WrongUsage, about, key_of, one_config, one_key, open_store, prefix, short, user, when
+from flashbias.cli.database import WrongUsage, about, key_of, one_config, one_key, open_store, prefix, short, user
 from flashbias.cli.text import tell
 
 if TYPE_CHECKING:

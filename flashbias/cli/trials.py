@@ -44,6 +44,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--verdict", nargs="+", action="extend", choices=[str(each) for each in Verdict], help="only these verdicts"
     )
     parser.add_argument("--format", choices=tuple(_WRITERS), default="table", help="default: table")
+    parser.add_argument("--json", dest="format", action="store_const", const="jsonl", help="as --format jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of stdout")
     parser.set_defaults(run=run)
 
