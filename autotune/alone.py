@@ -118,9 +118,10 @@ class Alone:
         rig, kernel, config = self._rig, self._trial.kernel, self._trial.config
         outputs = allocate(rig.spec.outputs(kernel, rig.problem, case), rig.torch_device)
         scratch = allocate(rig.spec.scratch(kernel, rig.problem, config, case), rig.torch_device)
+        enqueue = getattr(rig.spec, "enqueue", rig.spec.launch)
 
         def launch() -> None:
-            rig.spec.launch(kernel, compiled, rig.problem, dict(inputs), outputs, scratch)
+            enqueue(kernel, compiled, rig.problem, dict(inputs), outputs, scratch)
 
         return launch
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from cache_db.models import Config, Scalar, Trial, Verdict
 
-TIMES: Final = ("ms", "p20", "p80", "paired")
+TIMES: Final = ("ms", "p20", "p80", "paired", "host_ms")
 
 
 @dataclass
@@ -26,6 +26,11 @@ class Candidate:
     def ms(self) -> float:
         """Median milliseconds at the representative size, infinite while unknown."""
         return float(self.figures.get("ms", math.inf))
+
+    @property
+    def host_ms(self) -> float:
+        """Median milliseconds that the host takes to queue a launch, infinite while unknown."""
+        return float(self.figures.get("host_ms", math.inf))
 
     @property
     def repeats(self) -> int:
@@ -66,6 +71,39 @@ def at_other_sizes(pool: Iterable[Candidate], timed: Iterable[Candidate]) -> lis
     """Returns those of ``pool`` whose times do not compare with those just ``timed``: they are of other sizes."""
     sizes = {each.figures.get("timed_at") for each in timed if each.ms < math.inf}
     return [each for each in pool if sizes and each.ms < math.inf and each.figures.get("timed_at") not in sizes]
+
+
+def hosts(pool: Iterable[Candidate]) -> dict[str, float]:
+    """Returns the least host time met of each implementation in ``pool``; nothing where there is only one, or no time.
+
+    Configs of one implementation queue the same launches: what differs between their host times is noise, which must
+    not choose among them. Between implementations it decides where the device is done before the host.
+    """
+    found: dict[str, float] = {}
+    timed = [each for each in pool if each.ms < math.inf]
+    for each in timed:
+        name = each.config.implementation
+        found[name] = min(found.get(name, math.inf), each.host_ms)
+    return found if len(found) > 1 and max(found.values()) < math.inf else {}
+
+
+def cost(candidate: Candidate, host: Mapping[str, float]) -> float:
+    """Returns the milliseconds that a caller waits: the device's, or the host's (of ``hosts``) where those are more."""
+    return max(candidate.ms, host.get(candidate.config.implementation, 0.0))
+
+
+def ranked(finalists: Iterable[Candidate]) -> list[Candidate]:
+    """Returns those that were timed in the same rounds, best first: implementations by cost, then each by itself."""
+    found = sorted(finalists, key=lambda each: each.paired)
+    host = hosts(found)
+    if not host:
+        return found
+    fastest = found[0].ms
+    best: dict[str, float] = {}
+    for each in found:  # the first of each implementation is its best
+        name = each.config.implementation
+        best.setdefault(name, max(each.paired[0], host[name] / fastest) if each.ms < math.inf else math.inf)
+    return sorted(found, key=lambda each: (best[each.config.implementation], each.config.implementation, each.paired))
 
 
 def told(trial: Trial) -> str:

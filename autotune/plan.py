@@ -40,7 +40,7 @@ class Plan:
             if scene.spec.rejects(kernel, config, scene.problem, scene.device) is None
         ]
         if scene.device.interpreted:
-            allowed = allowed[:INTERPRETER_CANDIDATES]
+            allowed = _interpreted(scene, kernel, allowed)
         allowed = list(dict.fromkeys([*allowed, *_added(scene, kernel)]))
         pin = scene.pins.get(kernel)
         wanted = allowed if pin is None else [pin.config]
@@ -71,6 +71,15 @@ class Plan:
         return Trial(**{name: getattr(bar, name) for name in type(bar).model_fields}, seconds=0.0)
 
 
+def _interpreted(scene: Scene, kernel: str, allowed: list[Config]) -> list[Config]:
+    """Returns the few that are tried in the interpreter, where all that is foreign is faster, so only if it is asked for."""
+    named = scene.settings.implementations
+    foreign = [config for config in allowed if scene.foreign(kernel, config)]
+    own = [config for config in allowed if config not in foreign]
+    wanted = [config for config in foreign if config.implementation in named]
+    return wanted[:INTERPRETER_CANDIDATES] + own[:INTERPRETER_CANDIDATES]
+
+
 def exhausted(scene: Scene) -> bool:
     """Returns whether every config that the space offers has been tried; the pin of a kernel stands for all of its."""
     return not any(_untried(scene, kernel) for kernel in scene.kernels if kernel not in scene.pins)
@@ -87,8 +96,8 @@ def _untried(scene: Scene, kernel: str) -> set[str]:
 
 
 def _added(scene: Scene, kernel: str) -> tuple[Config, ...]:
-    """Returns what the caller's own space adds to the candidates of ``kernel``."""
-    if scene.settings.space is None:
+    """Returns what the caller's own space adds to the candidates of ``kernel``; of an alternative it knows nothing."""
+    if scene.settings.space is None or kernel not in scene.kernels:
         return ()
     added = spaces.offer(scene.settings.space, kernel, scene.problem, scene.device).configs
     return added[:INTERPRETER_CANDIDATES] if scene.device.interpreted else added

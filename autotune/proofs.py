@@ -15,6 +15,7 @@ from typing import Literal
 from autotune.judgements import Judgement, Judgements
 from autotune.sandbox import Outcome
 from autotune.scene import Scene, hashes
+from autotune.standing import faster, next_safe
 from cache_db.models import Config, Verdict, Winner
 
 Rung = Literal["pinned", "winner", "neighbour", "default"]
@@ -54,7 +55,15 @@ class Prover:
         ``kernels`` asks for those alone, in the order they run.
         """
         choices: dict[str, Choice] = {}
+        used: list[Winner] = []
+        notes: list[str] = []
+        done: set[str] = set()
         for kernel in self._scene.kernels if kernels is None else kernels:
+            if kernel in done:
+                continue
+            if kernels is None and (instead := self._instead(kernel, winners, choices, used)):
+                done |= {kernel, *self._scene.alternatives[instead]}
+                continue
             pinned = self._pinned(kernel, choices)
             if pinned is not None:
                 choices[kernel] = pinned
@@ -64,16 +73,21 @@ class Prover:
                 return Adoption({}, f"no winner of {kernel} is stored")
             refusal = self._scene.refuses(kernel, winner.config)
             if refusal is not None:
-                return Adoption({}, f"the stored winner of {kernel} may not run here: {refusal}")
+                row = self._next(winner, choices)
+                if row is None:
+                    return Adoption({}, f"the stored winner of {kernel} may not run here: {refusal}")
+                notes.append(f"{kernel}: passed over {winner.config}: {refusal}")
+                used.append(row)
+                continue
             proof = self._certify(kernel, winner, choices)
             if proof.verdict is not Verdict.SAFE:
                 return Adoption(
                     {}, f"the stored winner of {kernel} failed its proof here: {proof.verdict}, {proof.reason}"
                 )
             choices[kernel] = Choice(winner.config, "winner", proof.level, proof.binary)
-        won = {kernel: winners[kernel] for kernel, choice in choices.items() if choice.rung == "winner"}
-        reason = "; ".join(filter(None, (_report(won), _pins(choices))))
-        return Adoption(choices, reason, all(winner.complete for winner in won.values()))
+            used.append(winner)
+        reason = "; ".join(filter(None, (_report(used), *notes, _pins(choices))))
+        return Adoption(choices, reason, all(winner.complete for winner in used))
 
     def descend(self, winners: Mapping[str, Winner]) -> Adoption:
         """Returns the best choice of each kernel down the ladder; empty when one kernel has nothing that passes."""
@@ -124,6 +138,42 @@ class Prover:
         if proof.verdict is Verdict.SAFE:
             return Choice(pin.config, "pinned", proof.level, proof.binary)
         self._scene.drop_pin(kernel, f"{proof.verdict}, {proof.reason}")
+        return None
+
+    def _next(self, winner: Winner, chosen: dict[str, Choice]) -> Winner | None:
+        """Returns the first of the next safe rows that holds here, chosen, or None."""
+        for row in next_safe(self._scene, winner):
+            proof = self._certify(row.kernel, row, chosen)
+            if proof.verdict is Verdict.SAFE:
+                chosen[row.kernel] = Choice(row.config, "winner", proof.level, proof.binary)
+                return row
+        return None
+
+    def _instead(
+        self, kernel: str, winners: Mapping[str, Winner], chosen: dict[str, Choice], used: list[Winner]
+    ) -> str | None:
+        """Returns the alternative to ``kernel``, and to others, that is chosen here: a pin, or a faster winner; or None."""
+        scene = self._scene
+        for name, places in scene.alternatives.items():
+            if kernel not in places:
+                continue
+            pinned = self._pinned(name, chosen)
+            if pinned is not None:
+                chosen[name] = pinned
+                return name
+            row = None if any(place in scene.pins for place in places) else winners.get(name)
+            if row is None:
+                continue
+            rows = [row] if scene.refuses(name, row.config) is None else next_safe(scene, row)
+            others = [winners[place] for place in places if place in winners]
+            for each in rows:
+                if len(others) == len(places) and not faster(scene, each, others):
+                    break
+                proof = self._certify(name, each, chosen)
+                if proof.verdict is Verdict.SAFE:
+                    chosen[name] = Choice(each.config, "winner", proof.level, proof.binary)
+                    used.append(each)
+                    return name
         return None
 
     def _certify(self, kernel: str, winner: Winner, chosen: Mapping[str, Choice]) -> Outcome:
@@ -185,11 +235,11 @@ def _told(row: Judgement) -> Outcome:
     return Outcome(row.verdict, row.level, row.reason, {}, row.seed, row.binary, 0.0)
 
 
-def _report(winners: Mapping[str, Winner]) -> str:
+def _report(winners: Sequence[Winner]) -> str:
     """Returns "12 of 40 tried" for the kernels whose sweep ended early, else a plain statement; "" without winners."""
     if not winners:
         return ""
-    partial = [f"{name}: {row.tried} of {row.total} tried" for name, row in winners.items() if not row.complete]
+    partial = [f"{row.kernel}: {row.tried} of {row.total} tried" for row in winners if not row.complete and row.total]
     return "stored winner" + (f" ({', '.join(partial)})" if partial else "")
 
 

@@ -107,7 +107,8 @@ def remake(trial: Trial) -> Remade:
 def permit(spec: KernelSpec, kernel: str, config: Config, problem: Problem, device: DeviceInfo) -> None:
     """Raises AutotuneError unless the spec knows ``kernel`` and its rules let ``config`` run: rows are only data."""
     with reported(f"the spec {problem.spec}"):
-        kernels = spec.kernels(problem)
+        alternatives = getattr(spec, "alternatives", None)
+        kernels = (*spec.kernels(problem), *(alternatives(problem) if alternatives else ()))
         reason = (
             spec.rejects(kernel, config, problem, device) if kernel in kernels else "the problem has no such kernel"
         )

@@ -74,10 +74,14 @@ def rerun(
 ) -> tuple[Outcome, Verification]:
     """Proves the config of ``trial`` once more with ``seed``, in detail; returns what came out, and that as a judgement.
 
-    Raises AutotuneError when no child starts, the gate cannot judge with this seed, or the device is suspect.
+    Raises AutotuneError when no child starts, the gate cannot judge with this seed, the device is suspect, or a foreign
+    implementation is not here as it was.
     """
     problem = trial.problem
     with open_scene(problem, device, settings, store, seed) as scene:
+        refusal = scene.refuses(trial.kernel, trial.config) if scene.foreign(trial.kernel, trial.config) else None
+        if refusal is not None:  # what is here is another: its verdict would be that one's
+            raise AutotuneError(f"the trial cannot be repeated here: {refusal}")
         with Watch(scene):
             outcome = scene.prove_once(trial.kernel, trial.config, through, GATE_LEVEL, repeats, detail=True)
         return outcome, Verification.of(scene.trial(trial.kernel, trial.config, outcome, through))
@@ -97,9 +101,9 @@ def reprove(
 def _reprove(scene: Scene, winners: Mapping[str, Winner]) -> Iterator[Reproof]:
     usable: dict[str, Config] = {}
     for kernel, winner in winners.items():
-        if kernel not in scene.kernels:
+        if kernel not in scene.every_kernel:
             yield Reproof(winner, reason=f"the problem has no kernel {kernel}", skipped=True)
-    for kernel in (name for name in scene.kernels if name in winners):
+    for kernel in (name for name in scene.every_kernel if name in winners):
         winner = winners[kernel]
         refusal = scene.refuses(kernel, winner.config)
         missing = [name for name in scene.requires(kernel) if name not in usable]

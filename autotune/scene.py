@@ -45,16 +45,30 @@ class Scene:
     seed: int = 0
     suspect: bool = False
     kernels: tuple[str, ...] = field(init=False)
+    alternatives: dict[str, tuple[str, ...]] = field(init=False)
     _stored: dict[tuple[str, Config], None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kernels = self.spec.kernels(self.problem)
+        found = getattr(self.spec, "alternatives", None)
+        self.alternatives = dict(found(self.problem)) if found else {}
+
+    @property
+    def every_kernel(self) -> tuple[str, ...]:
+        """The problem's kernels, then those that may take the place of some of them."""
+        return (*self.kernels, *self.alternatives)
+
+    def foreign(self, kernel: str, config: Config) -> bool:
+        """Returns whether ``config`` is of another implementation than the spec's own, that of its defaults."""
+        return config.implementation != self.spec.default(kernel, self.problem, self.device).implementation
 
     @functools.cached_property
     def pins(self) -> dict[str, Pin]:
         """The pins that the rules allow here, by kernel, as they were when first asked for, short of those dropped."""
         found = self.store.pins(self.problem)
-        refusals = {kernel: self.refuses(kernel, pin.config) for kernel, pin in found.items() if kernel in self.kernels}
+        refusals = {
+            kernel: self.refuses(kernel, pin.config) for kernel, pin in found.items() if kernel in self.every_kernel
+        }
         for kernel, refusal in refusals.items():
             if refusal is not None:
                 self._pin_warning(found[kernel], refusal)

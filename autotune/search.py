@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from autotune.candidate import Candidate, at_other_sizes, told
+from autotune.candidate import Candidate, at_other_sizes, cost, hosts, ranked, told
 from autotune.compilation import Compilation
 from autotune.plan import Plan
 from autotune.progress import track
@@ -45,7 +45,8 @@ class Sweep:
         self._scene = scene
         limit = INTERPRETER_SECONDS if scene.device.interpreted and not scene.settings.finish else math.inf
         self.seconds = min(scene.settings.budget_seconds, limit)
-        self._plans = {kernel: Plan.of(scene, kernel) for kernel in scene.kernels}
+        plans = {kernel: Plan.of(scene, kernel) for kernel in (*scene.kernels, *_open(scene))}
+        self._plans = {kernel: plan for kernel, plan in plans.items() if kernel in scene.kernels or plan.candidates}
         self.failure = ""
         self.failed: str | None = None
 
@@ -75,18 +76,28 @@ class Sweep:
     def _tune(self, compilation: Compilation, deadline: float) -> dict[str, Winner]:
         scene = self._scene
         winners: dict[str, Winner] = {}
+        failures: dict[str, str] = {}
         for left, kernel in zip(range(len(self._plans), 0, -1), self._plans, strict=True):
             now = time.monotonic()
             share = max(deadline - now, 0.0) / left
+            if any(name not in winners for name in scene.requires(kernel)):
+                failures[kernel] = f"nothing that {kernel} could run behind passed"
+                continue
             through = scene.upstream(kernel, {name: row.config for name, row in winners.items()})
             sweep = KernelSweep(scene, self._plans[kernel], compilation, through)
             winner = sweep.run(now + share, share)
             compilation.abandon(kernel)
-            if winner is None:
-                self.failed = kernel
-                self.failure = f"no candidate of {kernel} passed ({sweep.tally()})"
+            if winner is not None:
+                winners[kernel] = winner
+            elif kernel in scene.kernels:
+                failures[kernel] = f"no candidate of {kernel} passed ({sweep.tally()})"
+                if not any(kernel in scene.alternatives[name] for name in self._plans.keys() & scene.alternatives):
+                    break
+        covered = {place for name, places in scene.alternatives.items() if name in winners for place in places}
+        for kernel, failure in failures.items():
+            if kernel in scene.kernels and kernel not in covered:
+                self.failed, self.failure = kernel, failure
                 return {}
-            winners[kernel] = winner
         return winners
 
 
@@ -194,8 +205,7 @@ class KernelSweep:
 
     def _judge(self, candidate: Candidate) -> None:
         """Proves ``candidate`` and stores the verdict, unless it is too slow to win."""
-        safe = self._safe()
-        if len(safe) >= FINALISTS and HOPELESS * safe[0].ms < candidate.ms < math.inf:
+        if self._hopeless(candidate):
             if candidate.trial is None:
                 reason = f"timed but not proven: over {HOPELESS:g}x the time of the fastest safe config"
                 self._commit(candidate, Outcome(Verdict.SAFE, 0, reason, {}, self._scene.seed, "", 0.0))
@@ -212,11 +222,11 @@ class KernelSweep:
 
     def _choose(self) -> Winner | None:
         """Returns the fastest of the best few safe candidates, timed against each other and screened for races."""
-        safe = self._safe()
-        best = [each for each in safe[:FINALISTS] if each.ms <= CLOSE * safe[0].ms]
+        safe, host = self._safe(), hosts(self._pool.values())
+        best = [each for each in safe[:FINALISTS] if cost(each, host) <= CLOSE * cost(safe[0], host)]
         if len(best) > 1:
             self._measure(best, FINAL_ROUNDS)
-        for candidate in [*sorted(best, key=lambda each: each.paired), *safe[len(best) :]][:FINALISTS]:
+        for candidate in [*ranked(best), *safe[len(best) :]][:FINALISTS]:
             if candidate.ms < math.inf and self._screened(candidate):
                 return self._winner(candidate)
         return None
@@ -256,11 +266,30 @@ class KernelSweep:
         logger.debug("%s %s: %s %s", self._kernel, candidate.config, outcome.verdict, outcome.reason)
 
     def _safe(self) -> list[Candidate]:
-        return sorted((each for each in self._pool.values() if each.safe), key=lambda each: each.ms)
+        host = hosts(self._pool.values())
+        found = (each for each in self._pool.values() if each.safe)
+        return sorted(found, key=lambda each: (cost(each, host), each.ms))
+
+    def _hopeless(self, candidate: Candidate) -> bool:
+        """Returns whether enough safe ones, of all or of its own implementation, are so much faster than ``candidate``.
+
+        Of each implementation one is proven, whatever the others take: they may not be there everywhere.
+        """
+        safe, host = self._safe(), hosts(self._pool.values())
+        own = [each for each in safe if each.config.implementation == candidate.config.implementation]
+        if not own or candidate.ms == math.inf:
+            return False
+        beaten = len(safe) >= FINALISTS and HOPELESS * cost(safe[0], host) < cost(candidate, host)
+        return beaten or (len(own) >= FINALISTS and HOPELESS * own[0].ms < candidate.ms)
 
     def _note(self) -> str:
         safe = self._safe()
         return f"{len(safe)} safe, best {safe[0].ms:.3g} ms" if safe else "none safe yet"
+
+
+def _open(scene: Scene) -> list[str]:
+    """Returns the alternatives that may be chosen: whoever pins a kernel wants that one to run."""
+    return [name for name, places in scene.alternatives.items() if not any(place in scene.pins for place in places)]
 
 
 def _name(winner: Winner | None) -> str:

@@ -99,11 +99,14 @@ class Compiled(Protocol):
 class KernelSpec(Protocol):
     """What a kernel must say of itself. All methods are pure but ``compile`` and ``launch``.
 
-    A spec may have two more methods. ``axes(output) -> tuple[str, ...]``: the names of an output's dimensions short of
+    A spec may have more methods. ``axes(output) -> tuple[str, ...]``: the names of an output's dimensions short of
     a row's elements, for reports. The one called "row" is told in ranges. ``smaller(problem, case) -> Case | None``:
     the timed ``case`` (``representative``, or what this method made of it) in about half of the memory, with the same
     name, or None where it would no longer stand for the problem; without it nothing is tuned where the free memory
-    does not hold the representative. And an attribute ``every_kernel``, the names of the kernels of all its problems,
+    does not hold the representative. ``alternatives(problem) -> Mapping[str, tuple[str, ...]]``: kernels beside those
+    of ``kernels``, each with those whose place it can take all at once; it is swept too, runs where it is faster than
+    their sum, and need not pass. No kernel reads its outputs. ``enqueue``: ``launch`` as it is timed, for one that only
+    has to copy its results to where the proof wants them. And an attribute ``every_kernel``, the names of the kernels of all its problems,
     where not every problem has them all. Its module may have a function ``source() -> str``, which returns the
     ``source_hash`` that its problems have today.
     """

@@ -32,6 +32,9 @@ LAUNCHES_A_LEAD: Final = 64
 # events of a launch never enclose the time the host took to queue it. Where it was late, it gets up to 2**5 times that.
 LEAD_CYCLES: Final = 120_000
 MOST_DOUBLINGS: Final = 5
+# Launches by which the host's time is known, and the time of one from which on it does not matter.
+HOST_LAUNCHES: Final = 7
+BUSY_SECONDS: Final = 0.005
 # A round whose clock is below this part of the median round's was throttled.
 THROTTLED: Final = 0.97
 
@@ -132,6 +135,22 @@ def replay(launch: Launch, pool: Any) -> Launch:
     graph.replay()  # the first one uploads it
     torch.cuda.synchronize()
     return graph.replay
+
+
+def host_ms(launch: Launch, wait: Launch) -> float:
+    """Returns the median milliseconds that the host takes to queue ``launch``, each time for an idle device.
+
+    One sample will do where the device takes so long that nobody waits for the host.
+    """
+    samples = []
+    for _ in range(HOST_LAUNCHES):
+        started = time.perf_counter()
+        launch()
+        samples.append(1e3 * (time.perf_counter() - started))
+        wait()
+        if time.perf_counter() - started > BUSY_SECONDS:
+            break
+    return statistics.median(samples)
 
 
 def summary(samples: Sequence[float]) -> dict[str, Scalar]:

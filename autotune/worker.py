@@ -186,6 +186,7 @@ class Runner:
             outputs = allocate(rig.spec.outputs(kernel, rig.problem, case), rig.torch_device)
         launches: dict[str, timing.Launch] = {}
         stats: dict[str, Mapping[str, Scalar]] = {}
+        hosts: dict[str, Mapping[str, Scalar]] = {}
         starved, pool = False, timing.pool(rig.torch_device)
         for config in (Config(**data) for data in question["configs"]):
             self._send({"event": "trial", "config": config.hash})
@@ -193,6 +194,7 @@ class Runner:
                 launch = self._launch(kernel, config, case, inputs, outputs)
                 launch()
                 rig.wait()
+                hosts[config.hash] = {} if pool is None else {"host_ms": timing.host_ms(launch, rig.wait)}
                 launch = timing.replay(launch, pool)
             except Exception as error:  # noqa: BLE001  # missing from the answer says that it failed; its proof says why
                 starved |= room.ran_out(error)
@@ -214,16 +216,18 @@ class Runner:
         state = health.read(rig.device.uuid) if question["rounds"] >= LONG_ROUNDS else {}
         if rig.timed_at:
             state["timed_at"] = rig.timed_at
-        return {"figures": {name: {**stats[name], **each, **state} for name, each in record.figures().items()}}
+        found = record.figures().items()
+        return {"figures": {name: {**stats[name], **hosts[name], **each, **state} for name, each in found}}
 
     def _launch(self, kernel: str, config: Config, case: Any, inputs: Any, outputs: Any) -> timing.Launch:
         """Returns one run of ``config``, with scratch from the allocator's cache, so that configs share it."""
         rig, compiled = self._rig, self._rig.compiled(kernel, config)
         scratch = rig.spec.scratch(kernel, rig.problem, config, case)
+        enqueue = getattr(rig.spec, "enqueue", rig.spec.launch)
 
         def launch() -> None:
             buffers = allocate(scratch, rig.torch_device)
-            rig.spec.launch(kernel, compiled, rig.problem, inputs, outputs, buffers)
+            enqueue(kernel, compiled, rig.problem, inputs, outputs, buffers)
 
         return launch
 

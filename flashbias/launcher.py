@@ -69,8 +69,10 @@ def planned_forward(
     band = band.within(q.shape[1], k.shape[1])
     with _on(q.device):
         plan = plan_for(q, k, v, q_bias, mask, band, for_kernels(grads, mask), precision)
-        if not plan.binaries:
+        if plan.eager:
             return *eager.forward(*call, grads), EAGER
+        if "forward" in plan.foreign:
+            return *plan.foreign["forward"].forward(q, k, v, q_bias, k_bias, band, scale), plan
         tensors, sizes, _ = _prepared(q, k, q_bias, k_bias, mask, band, ())
         tensors.update(q=q, k=k, v=v)
         out = v.new_empty((sizes.batch, sizes.seqlen_q, sizes.nheads, v.shape[3]))
@@ -115,9 +117,13 @@ def backward(
     with _on(q.device):
         kernel_grads = for_kernels(grads, mask)
         plan = plan or plan_for(q, k, v, q_bias, mask, band, kernel_grads, precision, through_forward=True)
-        if not plan.binaries:
+        if plan.eager:
             return eager.backward(*call)
         names = names_of(kernel_grads)
+        if "backward" in plan.foreign:
+            dout, q, k, v, out = map(plan.fit, (dout, q, k, v, out))
+            run = plan.foreign["backward"].backward
+            return _as_inputs(run(dout, q, k, v, q_bias, k_bias, out, lse, band, scale, dlse), inputs, names)
         tensors, sizes, packed = _prepared(q, k, q_bias, k_bias, mask, band, names)
         # Hooks on saved tensors (offloading) may give them back in other memory than they were taken from.
         read = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
@@ -238,7 +244,19 @@ def _as_input(name: str, gradient: Tensor, tensor: Tensor, packed: Factors | Non
     """Returns a kernel's gradient in its input's shape and dtype: factors' are summed over the dims they share."""
     if name not in ("q_bias", "k_bias") or packed is None:
         return gradient
-    gradient = packed.gradient(name[0], gradient)
+    return _shared(packed.gradient(name[0], gradient), tensor)
+
+
+def _as_inputs(gradients: dict[str, Tensor], inputs: tuple[Tensor | None, ...], names: tuple[str, ...]) -> Found:
+    """Returns a foreign implementation's gradients, those of ``names``, in their inputs' shapes and dtypes."""
+    return tuple(
+        None if name not in names or tensor is None else _shared(gradients[f"d{name}"], tensor)
+        for name, tensor in zip(GRADIENTS, inputs, strict=True)
+    )
+
+
+def _shared(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """Returns the gradient of every batch and head in the input's shape and dtype, summed over the dims it shares."""
     nheads = tensor.shape[2]
     if 1 < nheads < gradient.shape[2]:
         gradient = gradient.unflatten(2, (nheads, -1)).sum(3)

@@ -19,7 +19,8 @@ import autotune
 from autotune.device import DeviceInfo, describe
 from cache_db.models import Problem
 from flashbias.band import Band
-from flashbias.kernels import arguments, factors
+from flashbias.implementations.foreign import Foreign
+from flashbias.kernels import factors
 from flashbias.kernels.binding import Binary
 from flashbias.kernels.factors import Packing
 from flashbias.kernels.problem import (
@@ -37,6 +38,8 @@ from flashbias.kernels.problem import (
     query_bucket,
     window_bucket,
 )
+from flashbias.kernels.space import IMPLEMENTATION
+from flashbias.kernels.spec import ATTENTION
 from flashbias.precision import Precision
 from flashbias.reference import Wanted
 from flashbias.settings import current
@@ -56,11 +59,22 @@ _FIRST_CAPABILITY: Final = (8, 0)
 class Plan:
     """What one launch key runs: a proven binary for each kernel, or none, which means ``eager``.
 
-    ``aligned`` is the layout class the binaries were compiled for; other tensors must be copied to fit it.
+    ``foreign`` implementations run in the place of the forward's binary, or of all of the backward. ``aligned`` is the
+    layout class that all of them are for; other tensors must be copied to fit it.
     """
 
     binaries: dict[str, Binary] = field(default_factory=dict)
     aligned: bool = False
+    foreign: dict[str, Foreign] = field(default_factory=dict)
+
+    @property
+    def eager(self) -> bool:
+        """Whether nothing proven may run."""
+        return not (self.binaries or self.foreign)
+
+    def suits(self, band: Band, seqlen_q: int, seqlen_k: int) -> bool:
+        """Returns whether what is foreign is as fast on this call as it was when it was chosen."""
+        return all(each.suits(band, seqlen_q, seqlen_k) for each in self.foreign.values())
 
     def fit(self, tensor: Tensor) -> Tensor:
         """Returns the (B, S, H, D) tensor, or a copy that the binaries may read."""
@@ -153,14 +167,23 @@ def plan_for(
     if through_forward:
         return _latest.get(key, EAGER)
     aligned = factors.is_aligned(q) and factors.is_aligned(k) and factors.is_aligned(v)
+
+    def made(chosen: autotune.Settings) -> Plan:
+        plan = _plans.get((key, aligned, chosen.identity))
+        if plan is None:
+            if device.index >= 0 and torch.cuda.is_current_stream_capturing():
+                return EAGER
+            plan = _make_plan(shape_of(q, k, v, q_bias, mask, grads, aligned, precision, extent), band, device, chosen)
+            _plans[key, aligned, chosen.identity] = plan
+        return plan
+
     chosen = current()
-    plan = _plans.get((key, aligned, chosen.identity))
-    if plan is None:
-        if device.index >= 0 and torch.cuda.is_current_stream_capturing():
-            return EAGER
-        plan = _make_plan(shape_of(q, k, v, q_bias, mask, grads, aligned, precision, extent), band, device, chosen)
-        _plans[key, aligned, chosen.identity] = plan
-    _latest[key] = plan
+    plan = made(chosen)
+    if not plan.suits(band, seqlen_q, seqlen_k) and chosen.allows(IMPLEMENTATION):
+        ours = made(replace(chosen, implementations=(IMPLEMENTATION,)))
+        plan = plan if ours.eager else ours
+    if not plan.eager or (key, aligned, chosen.identity) in _plans:
+        _latest[key] = plan
     return plan
 
 
@@ -223,22 +246,26 @@ def _make_plan(shape: Shape, band: Band, device: DeviceInfo, settings: autotune.
     resolution = autotune.resolve(found, device, settings)
     if not resolution.choices:
         return EAGER
-    binaries = {}
+    binaries: dict[str, Binary] = {}
+    foreign: dict[str, Foreign] = {}
     try:
         _compile_packing(shape, device)
     except Exception as error:  # noqa: BLE001 - as below
         return _eager(found, device, settings, f"factors cannot be packed: no kernel can be compiled here ({error})")
     for kernel, choice in resolution.choices.items():
         try:
-            binary = arguments.compile_kernel(kernel, choice.config, found, device).load()
+            binary = ATTENTION.compile(kernel, choice.config, found, device).load()
         except Exception as error:  # noqa: BLE001 - it compiled when it was proven; a full disk or no compiler is no reason to crash
             return _eager(found, device, settings, f"{kernel} is not used: it cannot be compiled here ({error})")
         if not autotune.confirm(found, device, settings, kernel, choice, binary.binary):
             return _eager(
                 found, device, settings, f"{kernel} is not used: the binary compiled here could not be proven"
             )
-        binaries[kernel] = binary
-    return Plan(binaries, found.layout == "aligned")
+        if isinstance(binary, Foreign):
+            foreign[kernel] = binary
+        else:
+            binaries[kernel] = binary
+    return Plan(binaries, found.layout == "aligned", foreign)
 
 
 def _eager(found: Problem, device: DeviceInfo, settings: autotune.Settings, reason: str) -> Plan:

@@ -25,7 +25,7 @@ from typing import Any, Final, TypedDict, Unpack
 from autotune.errors import SettingsError
 from autotune.settings import Mode, Settings
 
-IMPLEMENTATIONS: Final = ("triton",)
+IMPLEMENTATIONS: Final = ("triton", "sdpa", "flash4")
 CURE: Final = "set FLASHBIAS_MODE=read, or tune beforehand with scripts/prewarm.py"
 REMEDY: Final = "tune beforehand with scripts/prewarm.py"
 JOB_WAIT_SECONDS: Final = 120.0

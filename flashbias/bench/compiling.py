@@ -34,7 +34,7 @@ from flashbias.bench import machine_code
 from flashbias.bench.matrix import AMD, PROBLEMS, Row, device, judged
 from flashbias.kernels import arguments
 from flashbias.kernels.problem import problem
-from flashbias.kernels.spec import ATTENTION, source
+from flashbias.kernels.spec import source
 
 # What the assembly of each kind of tensor core's products has in it, the newest first.
 _TENSOR_CORES: Final = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync", "mfma": "v_mfma"}
@@ -154,7 +154,7 @@ def _compile(kernel: str, arch: str, name: str, config: Config) -> dict[str, Sca
     if arch == AMD:
         _retarget()
     try:
-        binary = ATTENTION.compile(kernel, config, found, target)
+        binary = arguments.compile_kernel(kernel, config, found, target)
     except _MadeForAmd as amd:
         return made(amd.compiled.asm, amd.compiled.metadata.shared)
     columns = int(getattr(binary.compiled.metadata, "tmem_size", 0) or 0)

@@ -54,7 +54,10 @@ def add_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     which.add_argument("--config", type=prefix, help="first digits of the hash of a config stored for the key")
     which.add_argument("--params", metavar="JSON", help="a config's parameters, as '{\"BLOCK_M\": 64, …}'")
     pinning.add_argument("--variant", help="the variant that --params are of")
-    pinning.add_argument("--implementation", help=f"the implementation that --params are of ({IMPLEMENTATIONS[0]})")
+    pinning.add_argument(
+        "--implementation",
+        help=f"the implementation that --params are of: {', '.join(IMPLEMENTATIONS)} (default: the first)",
+    )
     pinning.add_argument(
         "--reason", type=_reason, default="", metavar="TEXT", help="why, for those who look at the pins later"
     )

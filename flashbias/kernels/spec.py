@@ -8,37 +8,24 @@ are those of every (batch, query head) in fp32; the launcher sums them over broa
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, TypedDict
+from typing import Final
 
 import torch
-from torch import Tensor
 
 from autotune.device import DeviceInfo
 from autotune.source import source_hash
 from autotune.spec import Case, Floor, Reference, Rule, Tensors, TensorSpec
 from cache_db.models import Config, Problem
-from flashbias import reference
-from flashbias.band import Band
-from flashbias.kernels import arguments, binding, cases, factors, ragged, sequences, space, splitting
-from flashbias.kernels.arguments import Sizes
+from flashbias.implementations import rules
+from flashbias.implementations.foreign import Foreign
+from flashbias.kernels import answers, arguments, binding, cases, factors, ragged, sequences, space, splitting
+from flashbias.kernels.answers import sizes_of, softmax_scale
 from flashbias.kernels.binding import Binary
 from flashbias.kernels.factors import Packing
-from flashbias.kernels.precisions import floor_of, rounding_of
-from flashbias.kernels.problem import GRADIENTS, SOFT_FIELDS, packing, wanted
-
-_Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Band, float]
-
-
-class _How(TypedDict):
-    """How the reference computes gradients here."""
-
-    compute_dtype: torch.dtype
-    wanted: reference.Wanted
-    dlse: Tensor | None
-
+from flashbias.kernels.precisions import floor_of
+from flashbias.kernels.problem import SOFT_FIELDS, packing, wanted
 
 _QUERY_GRADIENTS: Final = ("q", "q_bias")
 _KEY_GRADIENTS: Final = ("k", "v", "k_bias")
@@ -55,15 +42,10 @@ def source() -> str:
     return source_hash([*functions, *binding.HOST_FUNCTIONS, packing, space.padded], CONSTANTS)
 
 
-def softmax_scale(problem: Problem) -> float:
-    """Returns the scale that timing and proofs use; kernels take any at run time."""
-    return 1.0 / math.sqrt(float(problem.fields["head_dim"]))
-
-
 class AttentionSpec:
     """Implements :class:`autotune.spec.KernelSpec` for the attention kernels."""
 
-    every_kernel: Final = space.KERNELS
+    every_kernel: Final = (*space.KERNELS, rules.BACKWARD)
 
     def kernels(self, problem: Problem) -> tuple[str, ...]:
         """Returns the forward alone, or with the backward passes that the wanted gradients need."""
@@ -78,7 +60,13 @@ class AttentionSpec:
     def depends_on(self, kernel: str, problem: Problem) -> tuple[str, ...]:
         """Returns the kernels whose outputs ``kernel`` reads."""
         del problem
-        return {"forward": (), "backward_dq": ("forward",)}.get(kernel, ("forward", "backward_dq"))
+        alone: dict[str, tuple[str, ...]] = {"forward": (), "backward_dq": ("forward",), rules.BACKWARD: ("forward",)}
+        return alone.get(kernel, ("forward", "backward_dq"))
+
+    def alternatives(self, problem: Problem) -> dict[str, tuple[str, ...]]:
+        """Returns that the whole backward at once may stand for its passes, where a foreign implementation could do it."""
+        passes = self.kernels(problem)[1:]
+        return {rules.BACKWARD: passes} if passes and "backward_mask" not in passes else {}
 
     def soft_fields(self) -> frozenset[str]:
         """Returns the size buckets: a neighbour may differ in them."""
@@ -115,6 +103,9 @@ class AttentionSpec:
         if kernel == "forward":
             out = TensorSpec.contiguous((batch, rows["q"], nheads, value_dim), dtype)
             return {"out": out, "lse": row_values}
+        if kernel == rules.BACKWARD:
+            passes = self.outputs("backward_dq", problem, case) | self.outputs("backward_dkdv", problem, case)
+            return {name: buffer for name, buffer in passes.items() if name != "delta"}
         if kernel == "backward_mask":
             return {
                 "dmask": TensorSpec.contiguous(cases.mask_shape(problem, case), getattr(torch, str(fields["mask"])))
@@ -131,6 +122,8 @@ class AttentionSpec:
 
     def scratch(self, kernel: str, problem: Problem, config: Config, case: Case) -> dict[str, TensorSpec]:
         """Returns room for what splits find, packed factors, what balances them, and their gradients before they are summed."""
+        if config.implementation != space.IMPLEMENTATION:
+            return {}  # a foreign one takes its own
         sizes = case.sizes
         split = splitting.split_of(kernel, config, problem)
         lengths = (int(sizes[name]) for name in ("seqlen_q", "seqlen_k"))
@@ -154,26 +147,41 @@ class AttentionSpec:
         return found | partial
 
     def candidates(self, kernel: str, problem: Problem, device: DeviceInfo) -> Sequence[Config]:
-        """Returns every config worth trying."""
-        del kernel
-        return space.candidates(problem, device)
+        """Returns every config worth trying: what others have written, which is compiled, and ours of one pass each."""
+        own = [] if kernel == rules.BACKWARD else space.candidates(problem, device)
+        return [*rules.candidates(kernel, device), *own]
 
     def rejects(self, kernel: str, config: Config, problem: Problem, device: DeviceInfo) -> str | None:
         """Returns why ``config`` may not run here, or None."""
+        if config.implementation in rules.FOREIGN:
+            return rules.rejects(kernel, config, problem, device)
         return space.rejects(kernel, config, problem, device)
 
     def default(self, kernel: str, problem: Problem, device: DeviceInfo) -> Config:
         """Returns the conservative config."""
         return space.default(kernel, problem, device)
 
-    def compile(self, kernel: str, config: Config, problem: Problem, device: DeviceInfo) -> Binary:
-        """Compiles without touching a GPU; raises what Triton raises."""
+    def compile(self, kernel: str, config: Config, problem: Problem, device: DeviceInfo) -> Binary | Foreign:
+        """Compiles without touching a GPU; raises what Triton raises, OSError for a foreign config of other versions."""
+        if config.implementation in rules.FOREIGN:
+            return rules.compiled(config, device)
         return arguments.compile_kernel(kernel, config, problem, device)
 
     def launch(
-        self, kernel: str, compiled: Binary, problem: Problem, inputs: Tensors, outputs: Tensors, scratch: Tensors
+        self,
+        kernel: str,
+        compiled: Binary | Foreign,
+        problem: Problem,
+        inputs: Tensors,
+        outputs: Tensors,
+        scratch: Tensors,
     ) -> None:
         """Packs the factors where needed, enqueues one run, and gathers the gradients of split factors, as the launcher does."""
+        if isinstance(compiled, Foreign):
+            found = self._found(kernel, compiled, problem, inputs)
+            for name, buffer in outputs.items():
+                buffer.copy_(found[name])
+            return
         sizes = sizes_of(problem, inputs)
         tensors = {**inputs, **outputs, **{name: scratch[name] for name in scratch if name.startswith("partial_")}}
         packed = None
@@ -194,40 +202,39 @@ class AttentionSpec:
                     gradient = sequences.summed(gradient, inputs[f"cu_seqlens_{side}"], rows)
                 outputs[f"d{side}_bias"].copy_(packed.gradient(side, gradient))
 
+    def enqueue(
+        self,
+        kernel: str,
+        compiled: Binary | Foreign,
+        problem: Problem,
+        inputs: Tensors,
+        outputs: Tensors,
+        scratch: Tensors,
+    ) -> None:
+        """Does what ``launch`` does for its time alone: what a foreign implementation finds stays where it has put it."""
+        if isinstance(compiled, Foreign):
+            self._found(kernel, compiled, problem, inputs)
+        else:
+            self.launch(kernel, compiled, problem, inputs, outputs, scratch)
+
+    def _found(self, kernel: str, compiled: Foreign, problem: Problem, inputs: Tensors) -> Tensors:
+        """Returns what a foreign implementation makes of ``inputs``, in memory of its own, as the launcher hands it on."""
+        q, k, v = (inputs[name] for name in ("q", "k", "v"))
+        q_bias, k_bias = inputs.get("q_bias"), inputs.get("k_bias")
+        band, scale = sizes_of(problem, inputs).band, softmax_scale(problem)
+        if kernel == rules.FORWARD:
+            out, lse = compiled.forward(q, k, v, q_bias, k_bias, band, scale)
+            return {"out": out, "lse": lse}
+        call = (q, k, v, q_bias, k_bias, inputs["out"], inputs["lse"], band, scale, inputs.get("dlse"))
+        return compiled.backward(inputs["dout"], *call)
+
     def oracle(self, problem: Problem, inputs: Tensors) -> dict[str, Reference]:
         """Returns every output in fp64, and the same sums over absolute values."""
-        if "cu_seqlens_q" in inputs:
-            parts = (self.oracle(problem, part) for part in sequences.split(inputs))
-            return sequences.joined_references(parts, inputs)
-        call, dout, dlse = _call(problem, inputs), inputs["dout"], inputs.get("dlse")
-        out, lse = reference.forward(*call, compute_dtype=torch.float64)
-        how: _How = {"compute_dtype": torch.float64, "wanted": _flags(problem), "dlse": dlse}
-        gradients = reference.backward(dout, *call, out, lse, **how)
-        sizes = reference.magnitudes(dout, *call, out, lse, **how)
-        found = {
-            "out": Reference(out, sizes[0]),
-            "lse": Reference(lse),
-            "delta": Reference(_delta(out, dout, lse, dlse), _delta(out.abs(), dout.abs(), lse, _negated(dlse))),
-        }
-        for name, value, size in zip(gradients._fields, gradients, sizes[1:], strict=True):
-            if value is not None:
-                found[name] = Reference(value, size)
-        return found
+        return answers.oracle(problem, inputs)
 
     def ideal(self, problem: Problem, inputs: Tensors) -> Tensors:
         """Returns every output as the ideal kernel gives it: products' operands rounded once, outputs rounded once."""
-        if "cu_seqlens_q" in inputs:
-            return sequences.joined((self.ideal(problem, part) for part in sequences.split(inputs)), inputs)
-        call, dout, dlse = _call(problem, inputs), inputs["dout"], inputs.get("dlse")
-        dtype = rounding_of(str(problem.fields["dtype"]), str(problem.fields["precision"]))
-        out, lse = reference.forward(*call, compute_dtype=torch.float32, round_to=dtype)
-        how: _How = {"compute_dtype": torch.float32, "wanted": _flags(problem), "dlse": dlse}
-        gradients = reference.backward(dout, *call, out, lse, round_to=dtype, recentre=True, **how)
-        found = {"out": out, "lse": lse, "delta": _delta(out.float(), dout.float(), lse, dlse)}
-        found.update({name: value for name, value in gradients._asdict().items() if value is not None})
-        if "dmask" in found:
-            found["dmask"] = found["dmask"].to(inputs["mask"].dtype)
-        return found
+        return answers.ideal(problem, inputs)
 
     def rule(self, output: str) -> Rule:
         """Returns LSE in nats, O at twice and gradients at three times the ideal's worst row."""
@@ -245,61 +252,11 @@ class AttentionSpec:
         return floor_of(str(problem.fields["dtype"]), str(problem.fields["precision"]), int(problem.fields["head_dim"]))
 
 
-def sizes_of(problem: Problem, inputs: Tensors) -> Sizes:
-    """Returns the sizes of a case's inputs."""
-    batch, seqlen_q, nheads, _ = inputs["q"].shape
-    columns = inputs["q_bias"].shape[3] if "q_bias" in inputs else 0
-    nheads_kv, seqlen_k = inputs["k"].shape[2], inputs["k"].shape[1]
-    if "cu_seqlens_q" in inputs:
-        batch, (longest_q, longest_k, _) = inputs["cu_seqlens_q"].shape[0] - 1, inputs["longest"].shape
-        sides = [side for side in "qk" if columns and inputs[f"{side}_bias"].shape[1] != inputs[side].shape[1]]
-        band, shifted = ragged.band_of(problem, inputs)
-        sizes = Sizes(batch, nheads, nheads_kv, longest_q, longest_k, columns, band)
-        positional = tuple(f"{side}_factor" for side in sides)
-        return replace(sizes, packed=True, rows_q=seqlen_q, shifted=shifted, positional=positional)
-    if "longest" in inputs:
-        return Sizes(batch, nheads, nheads_kv, seqlen_q, seqlen_k, columns, ragged.band_of_part(problem, inputs))
-    band = cases.band_of(problem, seqlen_q, seqlen_k)
-    return Sizes(batch, nheads, nheads_kv, seqlen_q, seqlen_k, columns, band)
-
-
 def _packing(kernel: str, problem: Problem, rank: int) -> Packing:
     """Returns how ``kernel`` is given its factors; every pass of the backward shares one packing."""
     fields = problem.fields
     split = fields["factor_dtype"] != fields["dtype"]
     return Packing(str(fields["dtype"]), rank, split, kernel != "forward" and bool(fields["ones_column"]))
-
-
-def _flags(problem: Problem) -> reference.Wanted:
-    """Returns the wanted gradients in the order of the reference."""
-    q, k, v, q_bias, k_bias, mask = (name in wanted(problem) for name in GRADIENTS)
-    return q, k, v, q_bias, k_bias, mask
-
-
-def _delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
-    """Returns rowsum(O ∘ dO) - dLSE as (B, H, Sq); a row without a key has no dLSE."""
-    delta = (out * dout).sum(-1).transpose(1, 2)
-    return delta if dlse is None else delta - torch.where(lse == -torch.inf, 0.0, dlse.to(delta.dtype))
-
-
-def _negated(dlse: Tensor | None) -> Tensor | None:
-    """Returns -|dLSE|, which ``_delta`` takes from a sum of absolute values."""
-    return None if dlse is None else -dlse.abs()
-
-
-def _call(problem: Problem, inputs: Tensors) -> _Call:
-    """Returns the reference's arguments, factors expanded so that their gradients are those of every (batch, head)."""
-    sizes = sizes_of(problem, inputs)
-    group = sizes.nheads // sizes.nheads_kv
-    both: list[Tensor | None] = [None, None]
-    for index, name in enumerate(("q_bias", "k_bias")):
-        if name in inputs:
-            factor = inputs[name]
-            if 1 < factor.shape[2] < sizes.nheads:
-                factor = factor.repeat_interleave(group, dim=2)
-            both[index] = factor.expand(sizes.batch, factor.shape[1], sizes.nheads, factor.shape[3])
-    scale = softmax_scale(problem)
-    return inputs["q"], inputs["k"], inputs["v"], both[0], both[1], inputs.get("mask"), sizes.band, scale
 
 
 ATTENTION: Final = AttentionSpec()

@@ -50,7 +50,7 @@ def test_all_candidates_of_a_problem_compile_in_little_more_than_serial_time_ove
         (kernel, config)
         for kernel in ATTENTION.kernels(found)
         for config in ATTENTION.candidates(kernel, found, device)
-        if not ATTENTION.rejects(kernel, config, found, device)
+        if config.implementation == "triton" and not ATTENTION.rejects(kernel, config, found, device)
     ]
     assert len(items) >= 40
     cores = len(os.sched_getaffinity(0))

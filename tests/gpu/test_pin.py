@@ -65,7 +65,7 @@ def called() -> Resolution:
 def test_pinned_forward_runs_outlasts_a_retune_and_gives_way_to_the_winner(tmp_path: Path) -> None:
     """The default, proven and pinned, is what is launched, the backward behind it; unpinned, the first winner is back."""
     found = tuned_problem()
-    with settings(cache_dir=tmp_path):
+    with settings(cache_dir=tmp_path, implementations=("triton",)):
         winner = called().choices["forward"].config
     pinned = space.default("forward", found, describe(0))
     if pinned == winner:
@@ -75,9 +75,9 @@ def test_pinned_forward_runs_outlasts_a_retune_and_gives_way_to_the_winner(tmp_p
     assert main(["pin", "--key", found.key("forward"), *spelled]) == 0
     proof = open_layers(tmp_path).verifications(found, "forward")[-1]
     assert (proof.config, proof.verdict, proof.level, len(proof.binary)) == (pinned, Verdict.SAFE, 2, 64)
-    with settings(cache_dir=tmp_path):
+    with settings(cache_dir=tmp_path, implementations=("triton",)):
         first = called()
-    with settings(cache_dir=tmp_path, mode="retune", budget_seconds=30):
+    with settings(cache_dir=tmp_path, mode="retune", budget_seconds=30, implementations=("triton",)):
         retuned = called()
     assert retuned.choices["backward_dq"].rung == "winner"
     for resolution in (first, retuned):
@@ -85,7 +85,7 @@ def test_pinned_forward_runs_outlasts_a_retune_and_gives_way_to_the_winner(tmp_p
         assert (forward.rung, forward.config, forward.level) == ("pinned", pinned, 2)
     assert open_layers(tmp_path).winners(found)["forward"].config == winner
     assert main(["unpin", "--key", found.key("forward"), "--cache-dir", str(tmp_path)]) == 0
-    with settings(cache_dir=tmp_path):
+    with settings(cache_dir=tmp_path, implementations=("triton",)):
         last = called().choices["forward"]
     assert (last.rung, last.config) == ("winner", winner)
 

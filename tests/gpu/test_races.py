@@ -41,7 +41,7 @@ def test_tuned_results_repeat_bitwise(rows: int, keys: int, causal: Any) -> None
         out, lse = flash_bias_func(*inputs, causal=causal, return_lse=True)  # type: ignore[arg-type]
         return (out, lse, *torch.autograd.grad((out, lse), inputs, (torch.ones_like(out), torch.ones_like(lse))))
 
-    with settings(budget_seconds=BUDGET_SECONDS):
+    with settings(budget_seconds=BUDGET_SECONDS, implementations=("triton",)):
         first = run()
         assert any(set(plan.binaries) >= {"forward", "backward_dq", "backward_dkdv"} for plan in plans._latest.values())
         assert all(bool(tensor.isfinite().all()) for tensor in first)

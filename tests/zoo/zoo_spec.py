@@ -19,9 +19,10 @@ from autotune.source import source_hash
 from autotune.spec import Case, Tensors, TensorSpec
 from cache_db.models import Config, Problem, Scalar
 from flashbias.kernels import space, spec
+from flashbias.kernels.answers import softmax_scale
 from flashbias.kernels.binding import Binary
 from flashbias.kernels.problem import Shape, problem
-from flashbias.kernels.spec import AttentionSpec, softmax_scale
+from flashbias.kernels.spec import AttentionSpec
 from tests.zoo import bad_kernels
 from tests.zoo.faults import BLOCK, ZOO, Buffers, sabotage, spoil
 

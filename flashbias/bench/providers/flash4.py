@@ -6,18 +6,15 @@ narrower than q it does not compile, so a third way pads v too.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from flashbias.bench.inputs import Inputs
-from flashbias.bench.providers.base import MULTIPLE, Provider, concatenated, needs_16_bits, needs_cuda
-
-_SAFE_MULTIPLE: Final = 32
+from flashbias.bench.providers.base import Provider, concatenated, needs_16_bits, needs_cuda
+from flashbias.implementations.flash4 import MULTIPLE, SAFE_MULTIPLE, package
 
 
 def concat(inputs: Inputs) -> Tensor:
@@ -27,12 +24,12 @@ def concat(inputs: Inputs) -> Tensor:
 
 def concat_padded(inputs: Inputs) -> Tensor:
     """Returns O on concatenated inputs, padded to a multiple of 32 columns."""
-    return _attend(*concatenated(inputs, _SAFE_MULTIPLE), inputs.v, 1.0, inputs)
+    return _attend(*concatenated(inputs, SAFE_MULTIPLE), inputs.v, 1.0, inputs)
 
 
 def concat_padded_v(inputs: Inputs) -> Tensor:
     """Returns O on concatenated inputs padded to a multiple of 32 columns, v padded to as many and the result cut."""
-    q, k = concatenated(inputs, _SAFE_MULTIPLE)
+    q, k = concatenated(inputs, SAFE_MULTIPLE)
     v = F.pad(inputs.v, (0, max(0, q.shape[3] - inputs.v.shape[3])))
     return _attend(q, k, v, 1.0, inputs)[..., : inputs.v.shape[3]]
 
@@ -47,7 +44,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, inputs: Inputs) -> Te
     more: dict[str, Any] = {}
     if shape.window != (-1, -1):
         more["window_size"] = tuple(None if side < 0 else side for side in shape.window)
-    found = _function()(q, k, v, softmax_scale=scale, causal=bool(shape.causal), **more)
+    found = package().flash_attn_func(q, k, v, softmax_scale=scale, causal=bool(shape.causal), **more)
     out: Tensor = found[0] if isinstance(found, tuple) else found  # O, or O and LSE, by version
     return out
 
@@ -59,16 +56,10 @@ def _refuses(inputs: Inputs) -> str:
     if shape.causal is True and shape.seqlen_q != shape.seqlen_k:
         return "flash-attn-4's causal bound is aligned bottom-right only"
     try:
-        _function()
+        _ = package().flash_attn_func
     except Exception as error:  # noqa: BLE001 - a broken installation raises what it likes
         return f"flash-attn-4 cannot be imported: {error}"
     return ""
-
-
-@functools.cache
-def _function() -> Callable[..., Any]:
-    function: Callable[..., Any] = importlib.import_module("flash_attn.cute").flash_attn_func
-    return function
 
 
 def providers() -> Mapping[str, Provider]:
