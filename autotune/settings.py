@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from autotune.errors import SettingsError
+from cache_db.address import Address
 
 LOG_LEVELS: Final = ("quiet", "info", "debug")
 INTERPRETER_SECONDS: Final = 20.0
@@ -32,6 +33,7 @@ class Settings:
 
     ``mode``: ``tune`` sweeps on a miss, ``read`` never sweeps, ``assert`` raises CacheMiss on a miss, ``retune`` sweeps
     even over a stored winner, ``off`` uses no database. ``cache_dir``: folder of the database, None for memory only.
+    ``db_url``: the shared database behind it, if any, and ``db_seconds`` the longest wait for it.
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
     tunes the same problem. ``implementations``: the only ones allowed, empty for all. ``log``: quiet, info or debug.
     ``finish``: whether a winner whose sweep ran out of budget is swept on. ``space``: the ``module:attribute`` of
@@ -49,6 +51,8 @@ class Settings:
     log: str = "info"
     finish: bool = False
     space: str | None = None
+    db_url: Address | None = None
+    db_seconds: float = 2.5
     cure: str = 'use mode "read", or tune it beforehand'
     remedy: str = "tune it beforehand"
 
@@ -58,13 +62,14 @@ class Settings:
             raise SettingsError(f"log: expected one of {', '.join(LOG_LEVELS)}, got {self.log!r}")
         _seconds("budget_seconds", self.budget_seconds, positive=True)
         _seconds("wait_seconds", self.wait_seconds, positive=False)
+        _seconds("db_seconds", self.db_seconds, positive=True)
         if self.space is not None and not (isinstance(self.space, str) and _SPACE.fullmatch(self.space)):
             raise SettingsError(f"space: expected module:attribute, got {self.space!r}")
 
     @property
-    def identity(self) -> tuple[Mode, Path | None, tuple[str, ...], bool, str | None]:
+    def identity(self) -> tuple[Mode, Path | None, tuple[str, ...], bool, str | None, Address | None]:
         """The settings that may change which config is chosen."""
-        return self.mode, self.cache_dir, self.implementations, self.finish, self.space
+        return self.mode, self.cache_dir, self.implementations, self.finish, self.space, self.db_url
 
     def allows(self, implementation: str) -> bool:
         """Returns whether configs of ``implementation`` may be used."""

@@ -29,6 +29,7 @@ from cache_db.models import Problem, Verdict, Winner
 
 if TYPE_CHECKING:
     from cache_db import Layers
+    from cache_db.address import Address
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class _Process:
     def __init__(self) -> None:
         self.decided: dict[object, Resolution] = {}
         self.confirmed: dict[object, bool] = {}
-        self.stores: dict[Path | None, Layers] = {}
+        self.stores: dict[tuple[Path | None, Address | None], Layers] = {}
         self.renew_locks()
 
     def renew_locks(self) -> None:
@@ -75,11 +76,11 @@ class _Process:
         """Returns the database of ``settings``, opened at its first use (importing SQLAlchemy takes 0.2 s)."""
         from cache_db import open_layers
 
-        folder = None if settings.mode is Mode.OFF else settings.cache_dir
+        place = _place(settings)
         with self._guard:
-            if folder not in self.stores:
-                self.stores[folder] = open_layers(folder)
-            return self.stores[folder]
+            if place not in self.stores:
+                self.stores[place] = open_layers(*place, settings.db_seconds)
+            return self.stores[place]
 
 
 _process = _Process()
@@ -127,7 +128,12 @@ def decided(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolut
 
 def opened(settings: Settings) -> Layers | None:
     """Returns the database of ``settings`` if this process has opened it by now; opens nothing."""
-    return _process.stores.get(None if settings.mode is Mode.OFF else settings.cache_dir)
+    return _process.stores.get(_place(settings))
+
+
+def _place(settings: Settings) -> tuple[Path | None, Address | None]:
+    """Returns the folder and the server of a database; mode off has neither."""
+    return (None, None) if settings.mode is Mode.OFF else (settings.cache_dir, settings.db_url)
 
 
 def forget() -> None:

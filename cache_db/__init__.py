@@ -1,11 +1,11 @@
 """The tuning database: what was tried, what was proven, what won.
 
 ``open_layers`` is the door for callers; ``cache_db.models`` holds the rows. Importing this package loads
-neither SQLAlchemy nor a driver: that happens when a file is opened.
+neither SQLAlchemy nor a driver: that happens when a database is opened.
 """
 
 from cache_db.errors import CacheError
-from cache_db.layers import Layers, open_layers
+from cache_db.layers import Layers, Origin, open_layers
 from cache_db.models import (
     FINAL,
     Config,
@@ -29,6 +29,7 @@ __all__ = [
     "Layers",
     "Lease",
     "Lift",
+    "Origin",
     "Pin",
     "Problem",
     "Scalar",

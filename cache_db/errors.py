@@ -1,10 +1,13 @@
 """What can go wrong with a tuning database.
 
     CacheError
+    ├── BadAddress      not the address of a PostgreSQL database, or no driver for it here
     ├── Unavailable     cannot be opened, read or written now: path, permission, full disk, lock held too long
+    │   ├── Busy        no room at this moment, but soon: too many clients, a deadlock, a server that starts
+    │   └── Forbidden   can be read, but not written: a read-only server, an account without the right
     ├── Damaged         the file is not a whole SQLite database
     ├── UnknownSchema   written by a newer version of this library
-    └── RowRefused      one row does not pass its model
+    └── RowRefused      one row does not pass its model, or the engine cannot hold it
 
 ``Store`` raises these and nothing else. ``Layers`` turns all of them into one warning and goes on.
 """
@@ -33,8 +36,24 @@ class CacheError(Exception):
         self.seen = seen
 
 
+class BadAddress(CacheError):
+    """The address of a shared database cannot be used, whatever the state of its server."""
+
+
 class Unavailable(CacheError):
     """The database cannot be opened, read or written now."""
+
+
+class Busy(Unavailable):
+    """The server had no room for this call at this moment; the same call may succeed in the next."""
+
+
+class Forbidden(Unavailable):
+    """The database can be read but not written; ``by_right`` when that is the account's doing, not the server's state."""
+
+    def __init__(self, message: str, *, by_right: bool) -> None:
+        super().__init__(message)
+        self.by_right = by_right
 
 
 class Damaged(CacheError):
@@ -46,4 +65,4 @@ class UnknownSchema(CacheError):
 
 
 class RowRefused(CacheError):
-    """A stored row does not pass its model; it is skipped and left where it is."""
+    """A row does not pass its model, or the engine cannot hold it; it is skipped and left where it is."""

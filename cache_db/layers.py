@@ -1,230 +1,290 @@
-"""What autotune talks to: the database while it works, this process's memory when it does not.
+"""What autotune talks to: the user's own database, the one that a cluster shares, and sealed seeds, in this order.
 
-No fault leaves this module. A damaged file is moved aside and a fresh one takes its place. A file that can be
-read but not written (read-only, disk full) is still read, and what is new is kept in memory on top of it.
-Everything else means memory alone. Each case is one warning on the logger "cache_db".
+Reads are answered by the user's database. The shared one is asked about a problem that has no winner there, about one that
+this process is about to sweep, and once a day about any other; all that it knows of the problem is then kept. Writes go
+to both; what the server does not take at once is owed to it, and sent later, by this process or another. Leases are
+the server's while it answers. No fault of either leaves this module, and no call waits for the server longer than it may.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cache_db import rules
-from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
-from cache_db.memory import Memory
+from cache_db.batch import Batch, Shared
+from cache_db.delivery import deliver
+from cache_db.errors import CacheError, RowRefused
+from cache_db.local import Local
 from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
+from cache_db.seeds import Seeds
 
 if TYPE_CHECKING:
+    from cache_db.address import Address
+    from cache_db.remote import Remote
     from cache_db.store import Store
 
 FILE_NAME = "flashbias.db"
-ATTEMPTS = 3
-"""How often a damaged file is replaced before the place itself is given up."""
+SERVER_SECONDS = 2.5
+"""How long a call waits for the server, if nobody says otherwise."""
+
+FRESH_SECONDS = 86_400.0
+"""How long the user's database answers for a problem that it has a winner for, without asking the server again."""
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def open_layers(cache_dir: Path | None) -> Layers:
-    """Returns the layers over ``<cache_dir>/flashbias.db``, or memory alone for None. Never raises for a bad file."""
-    return Layers(None if cache_dir is None else cache_dir / FILE_NAME)
+def open_layers(
+    cache_dir: Path | None,
+    address: Address | None = None,
+    seconds: float = SERVER_SECONDS,
+    seeds: Sequence[Path] = (),
+) -> Layers:
+    """Returns the layers over ``<cache_dir>/flashbias.db``, or memory for None, the database at ``address``, and ``seeds``.
+
+    ``seconds`` is how long a call waits for the server. Never raises for a bad file or a server that is away.
+    """
+    return Layers(None if cache_dir is None else cache_dir / FILE_NAME, address, seconds, seeds)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one winner is stored: its ``layer`` (user, shared or seeds), the ``place``, and whether it is the one that counts."""
+
+    layer: str
+    place: str
+    winner: Winner
+    counts: bool
 
 
 class Layers:
     """The methods of ``Store``, without its errors."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._memory = Memory()
-        self._path = path
-        self._store: Store | None = None
-        self._writable = False
-        self._warned = False
-        if path is not None:
-            try:
-                self._store = self._open(path)
-                self._writable = True
-            except CacheError as error:
-                self._warn(error, "tuning results are kept in memory and lost when this process ends")
+    def __init__(
+        self,
+        path: Path | None,
+        address: Address | None = None,
+        seconds: float = SERVER_SECONDS,
+        seeds: Sequence[Path] = (),
+    ) -> None:
+        self._target = "" if address is None else address.target
+        self._local = Local(path, self._target)
+        self._seeds = Seeds(seeds)
+        self._remote: Remote | None = None
+        self._asked: set[str] = set()  # problems whose shared rows this process has
+        self._stale: set[str] = set()  # problems about which the server must be asked again
+        self._leased: set[tuple[str, str]] = set()  # problems and owners of leases that the server granted
+        if address is not None:
+            from cache_db.remote import Remote
+
+            self._remote = Remote(address, seconds, partial(deliver, self._local))
+            if self._local.debts(1):
+                self._remote.send_later()
 
     @property
     def location(self) -> str:
-        """Where new rows go, for messages: the file's path, or "memory"."""
-        return str(self._path) if self._writable else "memory"
+        """Where new rows go, for messages: the file's path, or "memory", and the server's address."""
+        return self._local.location + (f" and {self._remote.address}" if self._remote is not None else "")
+
+    @property
+    def server(self) -> str:
+        """What is known of the server without asking it: "none" is named, "ready", "read-only" or "away"."""
+        return "none" if self._remote is None else self._remote.state
+
+    @property
+    def reachable(self) -> bool | None:
+        """Whether the server answers, None where none is named. It is asked once, and again only after it was away."""
+        if self._remote is not None and self._remote.state == "ready" and not self._remote.met:
+            self._ask(lambda store: store.url)
+        return None if self._remote is None else self._remote.state != "away"
+
+    def close(self) -> None:
+        """Ends the thread that waits for a server to come back; what is owed to it is sent by a later process."""
+        if self._remote is not None:
+            self._remote.close()
 
     def add_trial(self, trial: Trial) -> None:
         """Stores a trial; a final verdict only gives way to a final one."""
-        self._write(lambda rows: rows.add_trial(trial))
+        self._local.add_trial(trial)
+        self._send(trial, lambda store: store.add_trial(trial))
 
     def trials(self, problem: Problem, kernel: str | None = None) -> list[Trial]:
         """Returns the trials of a problem, or of one of its kernels, oldest first."""
-        found = self._read(lambda store: store.trials(problem, kernel)) or []
-        merged = {(trial.kernel, trial.config.hash): trial for trial in found}
-        for trial in self._memory.trials(problem, kernel):
-            name = (trial.kernel, trial.config.hash)
-            if rules.supersedes(trial, merged.get(name)):
-                merged[name] = trial
-        return sorted(merged.values(), key=lambda trial: (trial.created_at, trial.kernel, trial.config.hash))
+        self._refresh(problem)
+        return self._local.trials(problem, kernel)
 
     def winners(self, problem: Problem) -> dict[str, Winner]:
         """Returns kernel -> winner; a row that fails validation is skipped with a warning."""
-        return (self._read(lambda store: store.winners(problem)) or {}) | self._memory.winners(problem)
+        found = self._local.winners(problem)
+        if self._remote is not None and not (found and self._is_fresh(problem)):
+            self._learn(problem)
+            found = self._local.winners(problem)
+        return {kernel: winner for kernel, (_, winner) in self._seeds.winners(problem).items()} | found
+
+    def origins(self, problem: Problem) -> list[Origin]:
+        """Returns every layer's winners of a problem, by kernel, the one that counts first: conflicts show."""
+        chosen = self.winners(problem)
+        shared = self._ask(lambda store: store.winners(problem)) or {}
+        rows = [("user", self._local.location, winner) for winner in self._local.winners(problem).values()]
+        rows += [("shared", str(self._remote and self._remote.address), winner) for winner in shared.values()]
+        rows += [("seeds", str(path), winner) for path, winner in self._seeds.winners(problem).values()]
+        found = [
+            Origin(layer, place, row, row == chosen[row.kernel]) for layer, place, row in rows if row.kernel in chosen
+        ]
+        return sorted(found, key=lambda origin: (origin.winner.kernel, not origin.counts))
 
     def put_winner(self, winner: Winner, *, replace: bool = False) -> Winner:
         """Stores a winner if its key has none, or in any case with ``replace``; returns the stored one, re-read."""
-
-        def put(rows: Store | Memory) -> Winner:
-            if rows is self._memory and not replace:
-                stored = self.winners(winner.problem).get(winner.kernel)
-                if stored is not None:
-                    return stored
-            return rows.put_winner(winner, replace=replace)
-
-        return self._write(put)
+        stored = self._ask(lambda store: store.put_winner(winner, replace=replace), writes=True)
+        if stored is None:
+            return self._local.put_winner(winner, replace=replace)
+        self._local.merge(Batch(winners=(stored,), forced=frozenset({stored.problem.key(stored.kernel)})))
+        return stored
 
     def neighbours(
         self, problem: Problem, soft_fields: frozenset[str], limit: int = rules.NEIGHBOURS
     ) -> list[dict[str, Winner]]:
         """Returns the winners of the nearest problems that differ in ``soft_fields`` only, nearest first."""
-        groups = self._read(lambda store: store.neighbours(problem, soft_fields, limit)) or []
+        groups = self._ask(lambda store: store.neighbours(problem, soft_fields, limit)) or []
+        if groups:
+            self._local.merge(Batch(winners=tuple(winner for group in groups for winner in group.values())))
         merged: dict[Problem, dict[str, Winner]] = {}
-        for group in groups + self._memory.neighbours(problem, soft_fields, limit):
-            merged.setdefault(next(iter(group.values())).problem, {}).update(group)
-        return [merged[other] for other in rules.neighbours(problem, merged, soft_fields)[:limit]]
+        own = self._local.neighbours(problem, soft_fields, limit)
+        for group in [*own, *self._seeds.neighbours(problem, soft_fields, limit)]:
+            at = next(iter(group.values())).problem
+            merged[at] = group | merged.get(at, {})
+        return [merged[at] for at in rules.neighbours(problem, merged, soft_fields)[:limit]]
 
     def nearest(self, problem: Problem, limit: int = 3) -> list[Problem]:
         """Returns the other problems with winners that differ in the fewest columns and fields."""
-        found = self._read(lambda store: store.nearest(problem, limit)) or []
-        return rules.nearest(problem, {*found, *self._memory.nearest(problem, limit)}, limit)
+        found = self._ask(lambda store: store.nearest(problem, limit)) or []
+        found += [*self._local.nearest(problem, limit), *self._seeds.nearest(problem, limit)]
+        return rules.nearest(problem, set(found), limit)
 
     def add_verification(self, verification: Verification) -> None:
         """Stores a proof; the same one twice is stored once."""
-        self._write(lambda rows: rows.add_verification(verification))
+        self._local.add_verification(verification)
+        self._send(verification, lambda store: store.add_verification(verification))
 
     def verifications(self, problem: Problem, kernel: str | None = None) -> list[Verification]:
         """Returns the proofs of a problem, or of one of its kernels, oldest first."""
-        found = self._read(lambda store: store.verifications(problem, kernel)) or []
-        found += [row for row in self._memory.verifications(problem, kernel) if row not in found]
-        return sorted(found, key=lambda row: row.created_at)
+        self._refresh(problem)
+        return self._local.verifications(problem, kernel)
 
     def add_lift(self, lift: Lift) -> None:
         """Stores leave to try a config again; the same one twice is stored once."""
-        self._write(lambda rows: rows.add_lift(lift))
+        self._local.add_lift(lift)
+        self._send(lift, lambda store: store.add_lift(lift))
 
     def lifts(self, problem: Problem, kernel: str | None = None) -> list[Lift]:
         """Returns the lifts of a problem, or of one of its kernels, oldest first."""
-        found = self._read(lambda store: store.lifts(problem, kernel)) or []
-        found += [row for row in self._memory.lifts(problem, kernel) if row not in found]
-        return sorted(found, key=lambda row: row.created_at)
+        self._refresh(problem)
+        return self._local.lifts(problem, kernel)
 
     def put_pin(self, pin: Pin) -> None:
-        """Stores a pin in place of its key's earlier one."""
-        self._write(lambda rows: rows.put_pin(pin))
+        """Stores a pin in place of its key's earlier one; it is this user's wish, and nobody else's."""
+        self._local.put_pin(pin)
 
     def pins(self, problem: Problem) -> dict[str, Pin]:
         """Returns kernel -> pin; a row that fails validation is skipped with a warning."""
-        return (self._read(lambda store: store.pins(problem)) or {}) | self._memory.pins(problem)
+        return self._local.pins(problem)
 
     def remove_pin(self, key: str) -> bool:
         """Deletes the pin of the key with this hash; returns whether there was one, valid or not."""
-        remembered = self._memory.remove_pin(key)
-        return self._write(lambda rows: rows.remove_pin(key)) or remembered
+        return self._local.remove_pin(key)
 
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
-        """Takes the lease of a problem; None while someone else's stands. Without a file it binds this process only."""
-        return self._write(lambda rows: rows.claim(problem_hash, owner, host, seconds))
+        """Takes the lease of a problem; None while someone else's stands.
+
+        It binds all who use the server. While that is away it binds the user's processes, without a file this process only.
+        """
+        self._stale.add(problem_hash)
+        granted = self._ask(lambda store: (store.claim(problem_hash, owner, host, seconds),), writes=True)
+        if granted is None:
+            return self._local.claim(problem_hash, owner, host, seconds)
+        if granted[0] is not None:
+            self._leased.add((problem_hash, owner))
+        return granted[0]
 
     def renew(self, lease: Lease, seconds: float) -> Lease | None:
-        """Moves the end of a lease; None if it was lost. One whose file was lost goes on in memory."""
-
-        def renew(rows: Store | Memory) -> Lease | None:
-            renewed = rows.renew(lease, seconds)
-            if renewed is None and rows is self._memory and self._path is not None:
-                return rows.claim(lease.problem_hash, lease.owner, lease.host, seconds)
-            return renewed
-
-        return self._write(renew)
+        """Moves the end of a lease; None if it was lost. One that cannot be asked about now is taken to stand."""
+        if (lease.problem_hash, lease.owner) not in self._leased:
+            return self._local.renew(lease, seconds)
+        renewed = self._ask(lambda store: (store.renew(lease, seconds),), writes=True)
+        return lease if renewed is None else renewed[0]
 
     def release(self, lease: Lease) -> None:
         """Gives a lease back; one that was lost meanwhile stays with its new owner."""
-        self._write(lambda rows: rows.release(lease))
+        self._leased.discard((lease.problem_hash, lease.owner))
+        self._ask(lambda store: store.release(lease), writes=True)
+        self._local.release(lease)
 
     def holder(self, problem_hash: str) -> Lease | None:
         """Returns the standing lease of a problem."""
-        return self._memory.holder(problem_hash) or self._read(lambda store: store.holder(problem_hash))
+        found = self._ask(lambda store: (store.holder(problem_hash),))
+        return self._local.holder(problem_hash) if found is None or found[0] is None else found[0]
 
     def counts(self) -> dict[str, int]:
-        """Returns the number of rows of each table, those in memory included."""
-        stored = self._read(lambda store: store.counts()) or {}
-        return {name: count + stored.get(name, 0) for name, count in self._memory.counts().items()}
+        """Returns the number of rows of each table of the user's database, with those in memory and the leases we hold."""
+        counts = self._local.counts()
+        return counts | {"leases": counts["leases"] + len(self._leased)}
 
-    def _read(self, action: Callable[[Store], T]) -> T | None:
-        store = self._store
-        if store is None:
+    def _ask(self, action: Callable[[Store], T], *, writes: bool = False) -> T | None:
+        """Returns what the server answers, None where there is none or it is away."""
+        if self._remote is None:
             return None
         try:
-            return self._run(store, action)
+            return self._remote.write(action) if writes else self._remote.read(action)
         except RowRefused as error:
-            logger.warning("Tuning database: %s; ignored and left in place.", error)
-            return None
+            logger.warning("Tuning server: %s; this result stays in the user's database.", error)
         except CacheError as error:
-            self._store, self._writable = None, False
-            self._warn(error, "it is no longer read, and new tuning results are kept in memory")
-            return None
+            logger.debug("Tuning server: %s", error)
+        return None
 
-    def _write(self, action: Callable[[Store | Memory], T]) -> T:
-        store = self._store
-        if store is not None and self._writable:
-            try:
-                return self._run(store, action)
-            except RowRefused as error:  # one row's trouble, not the file's
-                logger.warning("Tuning database: %s; this result is kept in memory.", error)
-            except CacheError as error:
-                self._writable = False
-                self._warn(error, "new tuning results are kept in memory and lost when this process ends")
-        return action(self._memory)
+    def _send(self, row: Shared, action: Callable[[Store], None]) -> None:
+        """Sends a row that is marked as owed, and takes the mark back once it is on the server."""
+        if self._remote is None:
+            return
+        from cache_db.outbox import debt
 
-    def _run(self, store: Store, action: Callable[[Store], T]) -> T:
-        """Runs ``action``, once more on a fresh file if this one was damaged or replaced under our feet."""
-        try:
-            return action(store)
-        except Damaged as error:
-            self._set_aside(store.path, error)
-        except Unavailable as error:
-            if error.seen == identity(store.path):
-                raise
-        self._store = self._open(store.path)
-        return action(self._store)
+        def send(store: Store) -> bool:
+            action(store)
+            return True
 
-    def _open(self, path: Path) -> Store:
-        """Opens the file; a damaged one is moved aside first."""
-        try:
-            from cache_db.store import Store
+        if self._ask(send, writes=True):
+            self._local.settle([debt(row)])
 
-            for _ in range(ATTEMPTS):
-                try:
-                    return Store.open(path)
-                except Damaged as error:
-                    self._set_aside(path, error)
-        except ImportError as error:
-            raise Unavailable(f"{path} cannot be opened without a Python module: {error}") from error
-        raise Unavailable(f"{path} was damaged {ATTEMPTS} times in a row")
+    def _refresh(self, problem: Problem) -> None:
+        if self._remote is not None and not self._is_fresh(problem):
+            self._learn(problem)
 
-    @staticmethod
-    def _set_aside(path: Path, error: Damaged) -> None:
-        from cache_db.damage import set_aside
+    def _is_fresh(self, problem: Problem) -> bool:
+        """Whether the user's database may answer for ``problem`` alone."""
+        if problem.hash in self._stale or problem.hash in self._asked:
+            return problem.hash not in self._stale
+        age = time.time() - self._local.synced_at(problem)
+        return 0 <= age < FRESH_SECONDS and bool(self._local.winners(problem))
 
-        moved = set_aside(path, error.seen)
-        if moved is not None:
-            logger.warning(
-                "%s. It was moved to %s and a fresh database takes its place; nothing was deleted.", error, moved
-            )
-
-    def _warn(self, error: CacheError, consequence: str) -> None:
-        """Says it once; what fails after that changes nothing for the reader."""
-        cure = "" if isinstance(error, UnknownSchema) else ". FLASHBIAS_CACHE_DIR names another place"
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
-        logger.log(level, "Tuning database: %s; %s%s.", error, consequence, cure)
+    def _learn(self, problem: Problem) -> None:
+        """Keeps all that the server knows of ``problem``."""
+        known = self._ask(lambda store: store.everything(problem))
+        if known is None:
+            return
+        own = self._local.winners(problem)
+        judged: list[Trial | Verification] = [*known.trials, *known.verifications]
+        judged += self._local.trials(problem)
+        judged += self._local.verifications(problem)
+        bad = {kernel for kernel, winner in own.items() if rules.condemned(winner, judged)}
+        good = [winner for winner in known.winners if winner.kernel in bad or not rules.condemned(winner, judged)]
+        forced = frozenset(problem.key(winner.kernel) for winner in good if winner.kernel in bad)
+        # An unsafe winner is no better for being fast; where there is no other, it is left to whoever proves it.
+        winners = [winner for winner in known.winners if winner in good or winner.kernel not in own]
+        self._local.merge(replace(known, winners=tuple(winners), forced=forced), synced=(self._target, problem))
+        self._stale.discard(problem.hash)
+        self._asked.add(problem.hash)

@@ -20,6 +20,8 @@ from cache_db.schema import leases
 
 Insert = Callable[[Any], Any]
 
+_ATTEMPTS = 3
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,12 +46,19 @@ def _over(now: float) -> ColumnElement[bool]:
 def claim(connection: Connection, insert: Insert, lease: Lease) -> Lease | None:
     """Stores ``lease`` unless another owner's stands; returns what is stored, None if it is another's."""
     free = or_(_over(lease.acquired_at), leases.c.owner == lease.owner)
-    if _put(connection, insert, lease, free):
-        return lease
-    if holder(connection, lease.problem_hash, lease.acquired_at) is not None:
-        return None
-    logger.warning("the stored lease of problem %.12s cannot be read and is written over", lease.problem_hash)
-    return lease if _put(connection, insert, lease, true()) else None
+    # Locked where rows can be: nobody else's lease may come between the look and the overwriting.
+    query = select(leases).where(leases.c.problem_hash == lease.problem_hash).with_for_update()
+    for _ in range(_ATTEMPTS):
+        if _put(connection, insert, lease, free):
+            return lease
+        row = connection.execute(query).mappings().first()
+        if row is None:  # given back at this very moment
+            continue
+        if _decode(row) is not None:
+            return None
+        logger.warning("the stored lease of problem %.12s cannot be read and is written over", lease.problem_hash)
+        return lease if _put(connection, insert, lease, true()) else None
+    return None
 
 
 def _put(connection: Connection, insert: Insert, lease: Lease, where: ColumnElement[bool]) -> bool:

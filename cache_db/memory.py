@@ -9,9 +9,14 @@ import os
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import TypeVar
 
 from cache_db import rules
+from cache_db.batch import Batch, Debt, Shared
 from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
+
+T = TypeVar("T")
 
 # Held for a few dict operations only, and across fork, so that no child starts with a lock nobody will open.
 _lock = threading.RLock()
@@ -19,9 +24,11 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 
 
 class Memory:
-    """Rows of this process, in dicts."""
+    """Rows of this process, in dicts; with ``owes``, those that are added are owed to a shared database."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, owes: bool = False) -> None:
+        self._owes = owes
+        self._owed: dict[tuple[str, str], Debt] = {}
         self._trials: dict[tuple[str, str], Trial] = {}
         self._verifications: dict[str, list[Verification]] = defaultdict(list)
         self._lifts: dict[str, list[Lift]] = defaultdict(list)
@@ -35,6 +42,7 @@ class Memory:
         with _lock:
             if rules.supersedes(trial, self._trials.get(name)):
                 self._trials[name] = trial
+                self._owe(trial)
 
     def trials(self, problem: Problem, kernel: str | None = None) -> list[Trial]:
         """Returns the trials of a problem, or of one of its kernels, oldest first."""
@@ -56,7 +64,40 @@ class Memory:
             stored = self._winners[winner.problem.hash]
             if replace or winner.kernel not in stored:
                 stored[winner.kernel] = winner
+                self._owe(winner, replace=replace)
             return stored[winner.kernel]
+
+    def merge(self, batch: Batch) -> None:
+        """Takes rows from a database; see ``rules.prevails`` and ``rules.replaces``."""
+        with _lock:
+            for trial in batch.trials:
+                name = (trial.problem.key(trial.kernel), trial.config.hash)
+                if rules.prevails(trial, self._trials.get(name)):
+                    self._trials[name] = trial
+            for verification in batch.verifications:
+                _keep(self._verifications[verification.problem.hash], verification)
+            for lift in batch.lifts:
+                _keep(self._lifts[lift.problem.hash], lift)
+            for winner in batch.winners:
+                stored = self._winners[winner.problem.hash]
+                key = winner.problem.key(winner.kernel)
+                if key in batch.forced or rules.replaces(
+                    winner, stored.get(winner.kernel), renewed=key in batch.renewed
+                ):
+                    stored[winner.kernel] = winner
+
+    def debts(self, limit: int) -> list[Debt]:
+        """Returns up to ``limit`` rows that are owed to the shared database."""
+        with _lock:
+            return list(self._owed.values())[:limit]
+
+    def settle(self, debts: Sequence[Debt]) -> None:
+        """Notes that the shared database has the rows of ``debts``."""
+        with _lock:
+            for each in debts:
+                owed = self._owed.get((each.kind, each.name))
+                if owed is not None and owed.stamp == each.stamp:
+                    del self._owed[each.kind, each.name]
 
     def neighbours(
         self, problem: Problem, soft_fields: frozenset[str], limit: int = rules.NEIGHBOURS
@@ -77,9 +118,8 @@ class Memory:
     def add_verification(self, verification: Verification) -> None:
         """Stores a proof; the same one twice is stored once."""
         with _lock:
-            rows = self._verifications[verification.problem.hash]
-            if verification not in rows:
-                rows.append(verification)
+            if _keep(self._verifications[verification.problem.hash], verification):
+                self._owe(verification)
 
     def verifications(self, problem: Problem, kernel: str | None = None) -> list[Verification]:
         """Returns the proofs of a problem, or of one of its kernels, oldest first."""
@@ -90,9 +130,8 @@ class Memory:
     def add_lift(self, lift: Lift) -> None:
         """Stores leave to try a config again; the same one twice is stored once."""
         with _lock:
-            rows = self._lifts[lift.problem.hash]
-            if lift not in rows:
-                rows.append(lift)
+            if _keep(self._lifts[lift.problem.hash], lift):
+                self._owe(lift)
 
     def lifts(self, problem: Problem, kernel: str | None = None) -> list[Lift]:
         """Returns the lifts of a problem, or of one of its kernels, oldest first."""
@@ -161,3 +200,18 @@ class Memory:
                 "leases": len(self._leases),
                 "jobs": 0,
             }
+
+    def _owe(self, row: Shared, *, replace: bool = False) -> None:
+        if self._owes:
+            from cache_db.outbox import debt
+
+            owed = debt(row, replace=replace)
+            self._owed[owed.kind, owed.name] = owed
+
+
+def _keep(stored: list[T], row: T) -> bool:
+    """Adds ``row`` if it is not there yet; returns whether it was not."""
+    if row in stored:
+        return False
+    stored.append(row)
+    return True

@@ -84,6 +84,11 @@ def encode(row: Trial | Verification | Winner | Lift | Pin) -> dict[str, Any]:
     }
 
 
+def name(columns: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Returns what orders the rows of one table by their primary key."""
+    return str(columns.get("id", "")), str(columns["key_hash"]), str(columns["config_hash"])
+
+
 def decode(model: type[Row], columns: Mapping[Any, Any]) -> Row:
     """Returns the validated row of ``columns``. Raises RowRefused."""
     data = dict(columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from cache_db.models import FINAL, Lease, Problem, Scalar, Trial
+from cache_db.models import FINAL, Lease, Problem, Scalar, Trial, Verdict, Verification, Winner
 
 NEIGHBOURS = 8
 """How many neighbouring problems are worth a look: each costs a proof."""
@@ -20,6 +20,38 @@ LONGEST_LEASE = 600.0
 def supersedes(trial: Trial, stored: Trial | None) -> bool:
     """Whether ``trial`` may take the place of ``stored``: a final verdict only gives way to a final one."""
     return stored is None or trial.verdict in FINAL or stored.verdict not in FINAL
+
+
+def prevails(trial: Trial, stored: Trial | None) -> bool:
+    """Whether ``trial``, from another database, takes the place of ``stored``: a final verdict first, then the later."""
+    if stored is None:
+        return True
+    final, was_final = trial.verdict in FINAL, stored.verdict in FINAL
+    return final if final != was_final else (trial.created_at, trial.seed) > (stored.created_at, stored.seed)
+
+
+def outranks(winner: Winner, stored: Winner) -> bool:
+    """Whether ``winner`` is the better one: more proof, then speed; of equals the later, and then one that all agree on."""
+    ranks = [(each.level, -each.ms, each.created_at, each.config.hash) for each in (winner, stored)]
+    return ranks[0] > ranks[1]
+
+
+def replaces(winner: Winner, stored: Winner | None, *, renewed: bool) -> bool:
+    """Whether ``winner``, from another database, takes the place of ``stored``; a ``renewed`` one only has to be later."""
+    if stored is None:
+        return True
+    return winner.created_at > stored.created_at if renewed else outranks(winner, stored)
+
+
+def condemned(winner: Winner, judgements: Iterable[Trial | Verification]) -> bool:
+    """Whether one of ``judgements`` says for good that the config of ``winner`` is not safe, later than it was chosen."""
+    return any(
+        (row.kernel, row.config) == (winner.kernel, winner.config)
+        and row.verdict in FINAL
+        and row.verdict != Verdict.SAFE
+        and row.created_at >= winner.created_at
+        for row in judgements
+    )
 
 
 def standing(lease: Lease, now: float) -> bool:

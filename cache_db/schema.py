@@ -9,6 +9,7 @@ schema. No column may be NULL (NULLs never conflict in a unique key), and times 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib import metadata
 
 from sqlalchemy import (
@@ -228,7 +229,7 @@ def is_present(connection: Connection) -> bool:
     if version != SCHEMA_VERSION:
         raise UnknownSchema(
             f"its schema version is {version!r}, this library understands {SCHEMA_VERSION}: "
-            "upgrade flashbias or give it another FLASHBIAS_CACHE_DIR"
+            "upgrade flashbias or name another database"
         )
     return True
 
@@ -238,8 +239,15 @@ def lacks(connection: Connection, table: object) -> bool:
     return any(table is younger and not inspect(connection).has_table(younger.name) for younger in YOUNGER_TABLES)
 
 
+def add_younger(connection: Connection, table: Table, lock: Callable[[Connection], None]) -> None:
+    """Creates ``table`` where it is a younger one that the database lacks; ``lock`` keeps other creators out."""
+    if lacks(connection, table):
+        lock(connection)
+        table.create(connection, checkfirst=True)
+
+
 def create(connection: Connection) -> None:
-    """Creates what is missing. Must run inside a write transaction, which is what keeps two creators apart."""
+    """Creates what is missing. Must run alone: in SQLite's write transaction, under an advisory lock elsewhere."""
     if is_present(connection):
         return
     metadata_.create_all(connection)

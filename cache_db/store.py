@@ -1,112 +1,76 @@
-"""One tuning database.
+"""One tuning database, a SQLite file or a PostgreSQL database: the same schema, the same meaning.
 
 Every method is one short transaction on a connection of its own: nothing is open between calls, so a fork
-inherits nothing and a killed process loses nothing it was told is stored. Writers begin with BEGIN IMMEDIATE:
+inherits nothing and a killed process loses nothing it was told is stored. Writers to SQLite begin with BEGIN IMMEDIATE:
 a transaction that reads first and writes later fails at once under contention, whatever the time-out
-(half of 1600 concurrent transactions did; none with IMMEDIATE). The rollback journal stays, because write-ahead
-logs need one host, leave files beside a read-only database, and cost more when each call connects anew.
+(half of 1600 concurrent transactions did; none with IMMEDIATE). What else the engines differ in is ``cache_db.engines``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sqlalchemy import URL, Connection, Delete, Engine, NullPool, Select, Table, create_engine, event, func, or_, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import func, select
 
-from cache_db import leases, rows, rules, schema
-from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
-from cache_db.models import FINAL, Lease, Lift, Pin, Problem, Trial, Verification, Winner
-
-BUSY_SECONDS = 30.0
-"""How long a call waits for another process's transaction; the longest seen under 32 writers was 3.3 s."""
-
-_TABLES: dict[type, Table] = {
-    Trial: schema.trials,
-    Verification: schema.verifications,
-    Winner: schema.winners,
-    Lift: schema.lifts,
-    Pin: schema.pins,
-}
-_DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
-_IMMEDIATE = "flashbias_immediate"
-_FINAL = sorted(map(str, FINAL))
+from cache_db import engines, leases, outbox, rows, rules, schema, statements
+from cache_db.address import Address
+from cache_db.batch import Batch, Debt, Shared
+from cache_db.database import Database
+from cache_db.errors import Forbidden, RowRefused, Unavailable
+from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
 
 
-def _sqlite_engine(path: Path) -> Engine:
-    """Returns an engine without a pool that leaves BEGIN to us (the driver's own comes too late)."""
-    url = URL.create("sqlite", database=os.fspath(path))
-    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_SECONDS})
-
-    @event.listens_for(engine, "connect")
-    def _connected(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-        # Bytes that are no UTF-8 must spoil their own row (its hash disagrees), not the whole answer.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-
-    @event.listens_for(engine, "begin")
-    def _begun(connection: Connection) -> None:
-        immediate = connection.get_execution_options().get(_IMMEDIATE)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-    return engine
-
-
-class Store:
+class Store(Database):
     """One database. Raises ``cache_db.errors`` and nothing else."""
 
-    def __init__(self, engine: Engine, path: Path) -> None:
-        self.path = path
-        self._reader = engine
-        self._writer = engine.execution_options(**{_IMMEDIATE: True})
-        self._insert = importlib.import_module(f"sqlalchemy.dialects.{engine.dialect.name}").insert
-
     @classmethod
-    def open(cls, path: Path) -> Store:
+    def open(cls, path: Path) -> Self:
         """Opens the SQLite file ``path``; makes its folder, the file and the schema where they are missing.
 
         Raises Unavailable, Damaged or UnknownSchema.
         """
-        path = Path(os.path.realpath(path))
-        store = cls(_sqlite_engine(path), path)
-        with store._reading() as connection:
-            present = schema.is_present(connection)
-        if not present:
-            store._create()
-        return store
+        return cls(engines.File(path)).ensured()
 
-    @property
-    def url(self) -> str:
-        """The database's address without its password."""
-        return self._reader.url.render_as_string(hide_password=True)
+    @classmethod
+    def open_sealed(cls, path: Path) -> Self:
+        """Opens the SQLite file ``path``, which nobody writes any more, for reading.
+
+        Raises Unavailable, also while a journal beside it says that it is being written, Damaged or UnknownSchema.
+        """
+        if any(Path(f"{path}{suffix}").exists() for suffix in ("-journal", "-wal")):
+            raise Unavailable(
+                f"{path} is being written, or was left so by a crash: open it once with flashbias to mend it"
+            )
+        return cls(engines.Sealed(path)).ensured()
+
+    @classmethod
+    def connect(cls, address: Address, seconds: float = engines.SERVER_SECONDS) -> Self:
+        """Opens the PostgreSQL database at ``address``; makes the schema where it is missing and may be made.
+
+        ``seconds`` bounds, on the server, each transaction. Raises Unavailable or UnknownSchema.
+        """
+        try:
+            return cls(engines.Server(address, seconds)).ensured()
+        except Forbidden as error:
+            cure = "it has no FlashBias schema yet, have its owner run `flashbias cache init`"
+            raise Unavailable(f"{error}; {cure}") from None
 
     def add_trial(self, trial: Trial) -> None:
         """Stores a trial; a final verdict only gives way to a final one."""
-        values = rows.encode(trial)
-        statement = self._insert(schema.trials).values(values)
-        statement = statement.on_conflict_do_update(
-            index_elements=[schema.trials.c.key_hash, schema.trials.c.config_hash],
-            set_={name: statement.excluded[name] for name in values if name not in ("key_hash", "config_hash")},
-            where=or_(statement.excluded.verdict.in_(_FINAL), schema.trials.c.verdict.not_in(_FINAL)),
-        )
-        with self._writing() as connection:
-            connection.execute(statement)
+        self._add(trial, statements.add_trial(self._insert))
 
     def trials(self, problem: Problem, kernel: str | None = None) -> list[Trial]:
         """Returns the trials of a problem, or of one of its kernels, oldest first."""
-        order = (schema.trials.c.created_at, schema.trials.c.kernel, schema.trials.c.config_hash)
-        return rows.decode_all(Trial, self._fetch(_of(schema.trials, problem, kernel).order_by(*order)))
+        found = rows.decode_all(Trial, self._fetch(statements.of_problem(schema.trials, problem, kernel)))
+        # Here, not by the database: each sorts texts by its own alphabet.
+        return sorted(found, key=lambda trial: (trial.created_at, trial.kernel, trial.config.hash))
 
     def winners(self, problem: Problem) -> dict[str, Winner]:
         """Returns kernel -> winner; a row that fails validation is skipped with a warning."""
-        found = self._fetch(_of(schema.winners, problem))
+        found = self._fetch(statements.of_problem(schema.winners, problem))
         return {winner.kernel: winner for winner in rows.decode_all(Winner, found)}
 
     def put_winner(self, winner: Winner, *, replace: bool = False) -> Winner:
@@ -115,20 +79,20 @@ class Store:
         A stored row that fails validation counts as none: it could never be used, and would have this
         problem swept again in every process.
         """
-        values = rows.encode(winner)
-        insert = self._insert(schema.winners).values(values)
-        key = [schema.winners.c.key_hash]
-        changed = {name: insert.excluded[name] for name in values if name != "key_hash"}
-        upsert = insert.on_conflict_do_update(index_elements=key, set_=changed)
+        values = self._place.fitting(rows.encode(winner))
+        upsert = statements.put(self._insert, schema.winners)
         query = select(schema.winners).where(schema.winners.c.key_hash == values["key_hash"])
         with self._writing() as connection:
-            connection.execute(upsert if replace else insert.on_conflict_do_nothing(index_elements=key))
+            first = upsert if replace else statements.keep(self._insert, schema.winners)
+            connection.execute(first, values)
             stored = rows.decode_all(Winner, connection.execute(query).mappings().all())
             if not stored:
-                connection.execute(upsert)
+                connection.execute(upsert, values)
                 stored = rows.decode_all(Winner, connection.execute(query).mappings().all())
+            if stored and stored[0] == winner:
+                self._owe(connection, winner, replace=replace)
         if not stored:
-            raise RowRefused(f"{self.path}: the winner of {winner.kernel} could not be read back")
+            raise RowRefused(f"{self.url}: the winner of {winner.kernel} could not be read back")
         return stored[0]
 
     def neighbours(
@@ -136,7 +100,7 @@ class Store:
     ) -> list[dict[str, Winner]]:
         """Returns the winners of the nearest problems that differ in ``soft_fields`` only, nearest first."""
         here = [schema.winners.c[name] == value for name, value in rows.problem_columns(problem).items()]
-        near = rules.neighbours(problem, self._problems(_problem_query().where(*here)), soft_fields)[:limit]
+        near = rules.neighbours(problem, self._problems(statements.problems().where(*here)), soft_fields)[:limit]
         hashes = [other.hash for other in near]
         found: dict[str, dict[str, Winner]] = defaultdict(dict)
         query = select(schema.winners).where(schema.winners.c.problem_hash.in_(hashes))
@@ -146,43 +110,35 @@ class Store:
 
     def nearest(self, problem: Problem, limit: int = 3) -> list[Problem]:
         """Returns the other problems with winners that differ in the fewest columns and fields."""
-        return rules.nearest(problem, self._problems(_problem_query()), limit)
+        return rules.nearest(problem, self._problems(statements.problems()), limit)
 
     def add_verification(self, verification: Verification) -> None:
         """Stores a proof; the same one twice is stored once."""
-        statement = self._insert(schema.verifications).values(rows.encode(verification))
-        with self._writing() as connection:
-            connection.execute(statement.on_conflict_do_nothing(index_elements=[schema.verifications.c.id]))
+        self._add(verification, statements.keep(self._insert, schema.verifications))
 
     def verifications(self, problem: Problem, kernel: str | None = None) -> list[Verification]:
         """Returns the proofs of a problem, or of one of its kernels, oldest first."""
         order = (schema.verifications.c.created_at, schema.verifications.c.id)
-        return rows.decode_all(Verification, self._fetch(_of(schema.verifications, problem, kernel).order_by(*order)))
+        query = statements.of_problem(schema.verifications, problem, kernel).order_by(*order)
+        return rows.decode_all(Verification, self._fetch(query))
 
     def add_lift(self, lift: Lift) -> None:
         """Stores leave to try a config again; the same one twice is stored once."""
-        statement = self._insert(schema.lifts).values(rows.encode(lift))
-        with self._writing() as connection:
-            schema.lifts.create(connection, checkfirst=True)
-            connection.execute(statement.on_conflict_do_nothing(index_elements=[schema.lifts.c.id]))
+        self._add(lift, statements.keep(self._insert, schema.lifts))
 
     def lifts(self, problem: Problem, kernel: str | None = None) -> list[Lift]:
         """Returns the lifts of a problem, or of one of its kernels, oldest first."""
         order = (schema.lifts.c.created_at, schema.lifts.c.id)
-        return rows.decode_all(Lift, self._fetch(_of(schema.lifts, problem, kernel).order_by(*order)))
+        return rows.decode_all(Lift, self._fetch(statements.of_problem(schema.lifts, problem, kernel).order_by(*order)))
 
     def put_pin(self, pin: Pin) -> None:
         """Stores a pin in place of its key's earlier one."""
-        values = rows.encode(pin)
-        statement = self._insert(schema.pins).values(values)
-        changed = {name: statement.excluded[name] for name in values if name != "key_hash"}
-        with self._writing() as connection:
-            schema.pins.create(connection, checkfirst=True)
-            connection.execute(statement.on_conflict_do_update(index_elements=[schema.pins.c.key_hash], set_=changed))
+        self._add(pin, statements.put(self._insert, schema.pins))
 
     def pins(self, problem: Problem) -> dict[str, Pin]:
         """Returns kernel -> pin; a row that fails validation is skipped with a warning."""
-        return {pin.kernel: pin for pin in rows.decode_all(Pin, self._fetch(_of(schema.pins, problem)))}
+        found = self._fetch(statements.of_problem(schema.pins, problem))
+        return {pin.kernel: pin for pin in rows.decode_all(Pin, found)}
 
     def remove_pin(self, key: str) -> bool:
         """Deletes the pin of the key with this hash; returns whether there was one, valid or not."""
@@ -193,7 +149,7 @@ class Store:
 
     def find(self, kind: type[rows.Row], key: str = "", config: str = "") -> list[rows.Row]:
         """Returns every row of ``kind`` whose key's and config's hashes begin with ``key`` and ``config``, oldest first."""
-        table = _TABLES[kind]
+        table = statements.TABLES[kind]
         hashes = {"key_hash": key, "config_hash": config}
         query = select(table).where(*(table.c[name].startswith(text, autoescape=True) for name, text in hashes.items()))
         query = query.order_by(table.c.created_at, table.c.key_hash, table.c.config_hash)
@@ -202,19 +158,76 @@ class Store:
     def remove(self, found: Iterable[Trial | Verification | Winner | Lift]) -> int:
         """Deletes these very rows, all or none, and returns how many; one that was written anew meanwhile stays."""
         with self._writing() as connection:
-            return sum(connection.execute(_deletion(row)).rowcount for row in found)
+            return sum(connection.execute(statements.deletion(row)).rowcount for row in found)
+
+    def everything(self, problem: Problem) -> Batch:
+        """Returns all that is known of a problem, its pins excepted."""
+        with self._reading() as connection:
+            found = {
+                kind: []
+                if schema.lacks(connection, statements.TABLES[kind])
+                else connection.execute(statements.of_problem(statements.TABLES[kind], problem)).mappings().all()
+                for kind in (Trial, Verification, Lift, Winner)
+            }
+        return Batch(
+            tuple(rows.decode_all(Trial, found[Trial])),
+            tuple(rows.decode_all(Verification, found[Verification])),
+            tuple(rows.decode_all(Lift, found[Lift])),
+            tuple(rows.decode_all(Winner, found[Winner])),
+        )
+
+    def merge(self, batch: Batch, *, synced: tuple[str, Problem] | None = None) -> None:
+        """Stores rows from another database, all or none, in any order any number of times with one outcome.
+
+        Trials give way as in ``rules.prevails``, winners as in ``rules.replaces``. ``synced``: this was all that the shared
+        database (its target) knew of the problem.
+        """
+        insert, by_rank, by_age, by_force = self._insert, *batch.winners_by_rule()
+        work: tuple[tuple[Any, Sequence[Shared]], ...] = (
+            (statements.merge_trial(insert), batch.trials),
+            (statements.keep(insert, schema.verifications), batch.verifications),
+            (statements.keep(insert, schema.lifts), batch.lifts),
+            (statements.merge_winner(insert), by_rank),
+            (statements.renew_winner(insert), by_age),
+            (statements.put(insert, schema.winners), by_force),
+        )
+        with self._writing() as connection:
+            if batch.lifts:
+                schema.add_younger(connection, schema.lifts, self._place.lock_schema)
+            for statement, found in work:
+                # By name: two that merge the same rows in different orders would wait for each other for ever. One at a
+                # time: psycopg sends many through a pipeline, whose end is a warning of its own when one fails.
+                for values in sorted((self._place.fitting(rows.encode(row)) for row in found), key=rows.name):
+                    connection.execute(statement, values)
+            if synced is not None:
+                outbox.sync(connection, self._insert, *synced)
+
+    def debts(self, target: str, limit: int) -> list[Debt]:
+        """Returns up to ``limit`` rows that are owed to the shared database ``target``."""
+        with self._reading() as connection:
+            return outbox.debts(connection, target, limit)
+
+    def settle(self, target: str, debts: Sequence[Debt]) -> None:
+        """Notes that ``target`` has the rows of ``debts``."""
+        with self._writing() as connection:
+            outbox.settle(connection, target, debts)
+
+    def synced_at(self, target: str, problem: Problem) -> float:
+        """Returns when all that ``target`` knew of ``problem`` was last merged here (epoch seconds), 0.0 if never."""
+        with self._reading() as connection:
+            return outbox.synced_at(connection, target, problem)
 
     def claim(self, problem_hash: str, owner: str, host: str, seconds: float) -> Lease | None:
         """Takes the lease of a problem for at most ``rules.LONGEST_LEASE``; None while someone else's stands."""
         with self._writing() as connection:
-            now, seconds = time.time(), min(seconds, rules.LONGEST_LEASE)
+            now, seconds = self._place.now(connection), min(seconds, rules.LONGEST_LEASE)
             wanted = Lease(problem_hash=problem_hash, owner=owner, host=host, acquired_at=now, expires_at=now + seconds)
             return leases.claim(connection, self._insert, wanted)
 
     def renew(self, lease: Lease, seconds: float) -> Lease | None:
         """Moves the end of a lease; None if it was lost."""
         with self._writing() as connection:
-            renewed = rules.renewed(lease, time.time(), min(seconds, rules.LONGEST_LEASE))
+            renewed = rules.renewed(lease, self._place.now(connection), min(seconds, rules.LONGEST_LEASE))
             return renewed if leases.renew(connection, renewed) else None
 
     def release(self, lease: Lease) -> None:
@@ -225,7 +238,7 @@ class Store:
     def holder(self, problem_hash: str) -> Lease | None:
         """Returns the standing lease of a problem."""
         with self._reading() as connection:
-            return leases.holder(connection, problem_hash, time.time())
+            return leases.holder(connection, problem_hash, self._place.now(connection))
 
     def counts(self) -> dict[str, int]:
         """Returns the number of rows of each table."""
@@ -236,75 +249,3 @@ class Store:
                 else connection.execute(select(func.count()).select_from(table)).scalar_one()
                 for name, table in schema.ROW_TABLES.items()
             }
-
-    def _create(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            folders = (self.path.parent, *self.path.parent.parents)
-            file = next((folder for folder in folders if folder.exists()), self.path.parent)
-            raise Unavailable(f"{self.path} cannot be made: {file} is a file, not a folder") from error
-        except OSError as error:
-            raise Unavailable(f"{self.path.parent} cannot be made: {error.strerror}") from error
-        with self._transaction(self._writer) as connection:
-            schema.create(connection)
-
-    def _fetch(self, query: Select[Any]) -> list[Any]:
-        with self._reading() as connection:
-            if any(schema.lacks(connection, table) for table in query.get_final_froms()):
-                return []
-            return list(connection.execute(query).mappings())
-
-    def _problems(self, query: Select[Any]) -> list[Problem]:
-        problems: list[Problem] = []
-        for columns in self._fetch(query):
-            with contextlib.suppress(RowRefused):
-                problems.append(rows.decode_problem(columns))
-        return problems
-
-    def _reading(self) -> contextlib.AbstractContextManager[Connection]:
-        return self._ready(self._reader)
-
-    def _writing(self) -> contextlib.AbstractContextManager[Connection]:
-        return self._ready(self._writer)
-
-    def _ready(self, engine: Engine) -> contextlib.AbstractContextManager[Connection]:
-        """A transaction; the schema is made again first if the file went away (moved aside, or deleted by hand)."""
-        seen = identity(self.path)
-        if seen is None or seen[2] == 0:
-            self._create()
-        return self._transaction(engine)
-
-    @contextlib.contextmanager
-    def _transaction(self, engine: Engine) -> Iterator[Connection]:
-        seen = identity(self.path)
-        try:
-            with engine.begin() as connection:
-                yield connection
-        except UnknownSchema as error:
-            raise UnknownSchema(f"{self.url}: {error}", seen) from error
-        except SQLAlchemyError as error:
-            raise self._fault(error, seen) from error
-
-    def _fault(self, error: SQLAlchemyError, seen: Any) -> CacheError:
-        cause = getattr(error, "orig", None) or error
-        name = getattr(cause, "sqlite_errorname", "")
-        if name.startswith(_DAMAGED):
-            return Damaged(f"{self.path} is damaged: {cause}", seen)
-        return Unavailable(f"{self.url} cannot be used: {cause}{f' ({name})' if name else ''}", seen)
-
-
-def _of(table: Table, problem: Problem, kernel: str | None = None) -> Select[Any]:
-    query = select(table).where(table.c.problem_hash == problem.hash)
-    return query if kernel is None else query.where(table.c.kernel == kernel)
-
-
-def _deletion(row: Trial | Verification | Winner | Lift) -> Delete:
-    table, values = _TABLES[type(row)], rows.encode(row)
-    names = ["id"] if "id" in values else ["key_hash", "config_hash", "created_at"]
-    return table.delete().where(*(table.c[name] == values[name] for name in names))
-
-
-def _problem_query() -> Select[Any]:
-    columns = [schema.winners.c[name] for name in ("problem_hash", *rows.PROBLEM_COLUMNS)]
-    return select(*columns).distinct()

@@ -24,6 +24,8 @@ from typing import Any, Final, TypedDict, Unpack
 
 from autotune.errors import SettingsError
 from autotune.settings import Mode, Settings
+from cache_db.address import Address
+from cache_db.errors import BadAddress
 
 IMPLEMENTATIONS: Final = ("triton", "sdpa", "flash4")
 CURE: Final = "set FLASHBIAS_MODE=read, or tune beforehand with scripts/prewarm.py"
@@ -31,7 +33,7 @@ REMEDY: Final = "tune beforehand with scripts/prewarm.py"
 JOB_WAIT_SECONDS: Final = 120.0
 
 _PREFIX: Final = "FLASHBIAS_"
-_PLANNED: Final = ("FLASHBIAS_DB_URL", "FLASHBIAS_RECORD")
+_PLANNED: Final = ("FLASHBIAS_RECORD",)
 _LOGGERS: Final = ("flashbias", "autotune", "cache_db")
 _LEVELS: Final = {"quiet": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 
@@ -43,6 +45,8 @@ class Changes(TypedDict, total=False):
 
     mode: Mode | str
     cache_dir: Path | str | None
+    db_url: Address | str | None
+    db_seconds: float
     budget_seconds: float
     wait_seconds: float
     implementations: Sequence[str]
@@ -63,6 +67,7 @@ def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
     """Changes settings inside a ``with`` block, for this thread; what is not named stays as it is outside.
 
     ``mode``: tune, read, assert, retune or off. ``cache_dir``: folder of the database, None for memory only.
+    ``db_url``: the shared database behind it, None for none; ``db_seconds``: the longest wait for it (docs/database.md).
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
     tunes the same problem. ``implementations``: the only ones allowed, () for all. ``log``: quiet, info or debug (loggers
     belong to the process, so this one setting is seen by every thread). ``finish``: tune on where an earlier sweep ran
@@ -82,6 +87,8 @@ def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
     values: dict[str, Any] = dict(changes)
     if isinstance(values.get("cache_dir"), str | Path):
         values["cache_dir"] = _folder(str(values["cache_dir"]))
+    if isinstance(values.get("db_url"), str):
+        values["db_url"] = _address(values["db_url"])
     if "implementations" in values:
         values["implementations"] = _implementations(values["implementations"])
     return _inside(replace(current(), **values), relog="log" in values)
@@ -186,6 +193,13 @@ def _folder_if_any(text: str) -> Path | None:
         return None
 
 
+def _address(text: str) -> Address:
+    try:
+        return Address.parse(text)
+    except BadAddress as error:
+        raise SettingsError(f"db_url: {error}") from None
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -245,6 +259,8 @@ class _CallableModule(types.ModuleType):
 _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "FLASHBIAS_MODE": ("mode", str),
     "FLASHBIAS_CACHE_DIR": ("cache_dir", _folder_if_any),
+    "FLASHBIAS_DB_URL": ("db_url", _address),
+    "FLASHBIAS_DB_SECONDS": ("db_seconds", _number),
     "FLASHBIAS_BUDGET_SECONDS": ("budget_seconds", _number),
     "FLASHBIAS_WAIT_SECONDS": ("wait_seconds", _number),
     "FLASHBIAS_IMPLEMENTATIONS": ("implementations", _implementations),

@@ -173,7 +173,8 @@ def storage_checks(found: Database, settings: Settings) -> Iterator[Check]:
         yield Check("database", State.WARNING, "none: what is tuned is lost when its process ends", cure)
         return
     yield _database(found)
-    yield Check("layers", State.OK, f"1: the user's database ({found.engine})")
+    server = f", 2: the server {settings.db_url}, which is not asked here" if settings.db_url else ""
+    yield Check("layers", State.OK, f"1: the user's database ({found.engine}){server}")
     yield _file_system(found.path)
     yield _disk(found.path)
 

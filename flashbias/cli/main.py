@@ -12,7 +12,7 @@ from pathlib import Path
 
 import flashbias
 from autotune.errors import SettingsError
-from flashbias.cli import doctor, env, explain, pin, prune, ptx, quarantine, run, stored, trials, verify
+from flashbias.cli import doctor, env, explain, init, pin, prune, ptx, quarantine, run, stored, trials, verify
 from flashbias.cli.database import WrongUsage
 from flashbias.cli.deferred import Deferred
 from flashbias.cli.guard import guarded
@@ -42,9 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in (explain, verify, trials, ptx, run, doctor, env):
         command.add_parser(commands, common)
     pin.add_parsers(commands, common)
-    cache = commands.add_parser("cache", help="look into the tuning database")
+    cache = commands.add_parser("cache", help="look into the tuning database, or make a shared one")
     parts = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
     stored.add_parsers(parts, common)
     prune.add_parser(parts, common)
     quarantine.add_parser(parts, common)
+    init.add_parser(parts)
     return parser

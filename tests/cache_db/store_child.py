@@ -7,12 +7,14 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import store_examples as examples
 
-from cache_db import open_layers
+from cache_db import Layers, open_layers
+from cache_db.address import Address
+from cache_db.models import Problem
 from cache_db.store import Store
 
 KEYS = 6
@@ -23,6 +25,12 @@ def _say(*words: object) -> None:
     sys.stdout.flush()
 
 
+def _address() -> Address | None:
+    """Returns the shared database that the test names, if any."""
+    url = os.environ.get("STORE_CHILD_URL")
+    return Address.parse(url) if url else None
+
+
 def write(directory: Path, first: str, count: str) -> None:
     """Adds ``count`` trials and names each once it is acknowledged."""
     store = Store.open(directory / "flashbias.db")
@@ -31,15 +39,80 @@ def write(directory: Path, first: str, count: str) -> None:
         _say(block)
 
 
+def write_layers(directory: Path, first: str, count: str) -> None:
+    """As ``write``, through layers."""
+    layers = open_layers(directory, _address(), 30.0)
+    for block in range(int(first), int(first) + int(count)):
+        layers.add_trial(examples.trial(block))
+        _say(block)
+
+
+def modify(directory: Path, owner: str, count: str) -> None:
+    """Reads, changes and writes back one of twenty keys' winners, ``count`` times, and adds a trial each time."""
+    store = _store(directory)
+    _wait(directory)
+    for number in range(int(count)):
+        at = examples.problem(fields={"key": number % 20})
+        before = store.winners(at).get("forward", examples.winner(at=at, tried=0))
+        store.put_winner(before.model_copy(update={"tried": before.tried + 1}), replace=True)
+        store.add_trial(examples.trial(1000 * int(owner) + number, at=at))
+        _say(number)
+
+
+def create(directory: Path) -> None:
+    """Makes the schema, at the same moment as others."""
+    _wait(directory)
+    _say(_store(directory).counts()["trials"])
+
+
+def work(directory: Path, owner: str, count: str) -> None:
+    """Sweeps problems of its own through layers with a file of its own; says how long the slowest call took."""
+    layers = open_layers(directory / f"node-{owner}", _address())
+    _wait(directory)
+    waits = [
+        wait
+        for number in range(int(count))
+        for wait in _waits(layers, examples.problem(fields={"owner": int(owner), "number": number}), owner)
+    ]
+    _say(f"{max(waits):.2f}", layers.server)
+    while layers._local.debts(1):
+        time.sleep(0.2)
+
+
+def _waits(layers: Layers, at: Problem, owner: str) -> Iterator[float]:
+    """Does what a sweep of ``at`` does; yields the seconds of each call."""
+    for call in (
+        lambda: layers.winners(at),
+        lambda: layers.claim(at.hash, owner, "host", 60.0),
+        *(lambda block=block: layers.add_trial(examples.trial(block, at=at)) for block in range(5)),
+        lambda: layers.put_winner(examples.winner(at=at)),
+    ):
+        started = time.monotonic()
+        call()
+        yield time.monotonic() - started
+
+
+def _store(directory: Path) -> Store:
+    address = _address()
+    return Store.open(directory / "flashbias.db") if address is None else Store.connect(address)
+
+
+def _wait(directory: Path) -> None:
+    """Waits for the others: the test makes the file ``go`` when all have started."""
+    (directory / f"ready-{os.getpid()}").touch()
+    while not (directory / "go").exists():
+        time.sleep(0.005)
+
+
 def sweep(directory: Path, owner: str, hold: str, seconds: str) -> None:
     """Sweeps every key once in the whole test, by the rules of a call: look, claim, look again, sweep, store, release."""
-    layers = open_layers(directory)
-    for key in range(KEYS):
+    layers = open_layers(directory, _address(), 60.0)
+    for key in range(int(os.environ.get("STORE_CHILD_KEYS", KEYS))):
         at = examples.problem(fields={"head_dim": 16 + key})
         while not layers.winners(at):
             lease = layers.claim(at.hash, owner, "host", float(seconds))
             if lease is None:
-                time.sleep(0.01)
+                time.sleep(0.05)
                 continue
             if not layers.winners(at):
                 _say("begin", key)
@@ -92,7 +165,8 @@ def use_without_space(directory: Path) -> None:
 
 
 ACTIONS: dict[str, Callable[..., None]] = {
-    action.__name__: action for action in (write, sweep, recover, use, use_as_nobody, use_without_space)
+    action.__name__: action
+    for action in (write, write_layers, modify, create, work, sweep, recover, use, use_as_nobody, use_without_space)
 }
 
 if __name__ == "__main__":

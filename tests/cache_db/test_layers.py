@@ -167,9 +167,9 @@ def test_file_moved_between_look_and_use_is_made_again(tmp_path: Path, caplog: p
     path = tmp_path / "flashbias.db"
     layers = open_layers(tmp_path)
     layers.add_trial(examples.trial(16))
-    assert layers._store is not None
+    assert layers._local._store is not None
 
-    @event.listens_for(layers._store._reader, "do_connect")
+    @event.listens_for(layers._local._store._reader, "do_connect")
     def _move(*_: object) -> None:
         if not (tmp_path / "moved").exists():
             path.rename(tmp_path / "moved")
@@ -207,7 +207,7 @@ def test_stored_rows_keep_their_rights_over_memory(tmp_path: Path) -> None:
     near, far = examples.problem(fields={"seqlen_q": 512}), examples.problem(fields={"seqlen_q": 8192})
     store.put_winner(examples.winner(at=far))
     layers = open_layers(tmp_path)
-    layers._writable = False
+    layers._local._writable = False
     layers.add_trial(examples.trial(0, Verdict.CRASHED))
     layers.add_trial(examples.trial(1, Verdict.WRONG))
     layers.put_winner(examples.winner(at=near))
@@ -226,7 +226,7 @@ def test_locked_file_is_one_wait_and_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that stopped inside a transaction holds a call up for the busy time-out once, never an exception."""
-    monkeypatch.setattr("cache_db.store.BUSY_SECONDS", 0.2)
+    monkeypatch.setattr("cache_db.engines.BUSY_SECONDS", 0.2)
     layers = open_layers(tmp_path)
     connection = sqlite3.connect(tmp_path / "flashbias.db", isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")

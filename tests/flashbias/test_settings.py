@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,9 +134,32 @@ def test_unknown_variable_unlike_any_other_gets_the_list(caplog: pytest.LogCaptu
 
 
 def test_variable_without_effect_in_this_version_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """A shared database that is asked for but not built yet is not ignored in silence."""
-    read({"FLASHBIAS_DB_URL": "postgresql://x"})
-    assert "FLASHBIAS_DB_URL has no effect in this version" in caplog.text
+    """What is planned but not built yet is not ignored in silence."""
+    read({"FLASHBIAS_RECORD": "shapes.toml"})
+    assert "FLASHBIAS_RECORD has no effect in this version" in caplog.text
+
+
+def test_address_of_a_shared_database_is_kept_and_not_shown() -> None:
+    """The variable and the argument mean the same; no repr of the settings shows the password."""
+    pytest.importorskip("psycopg", reason="no PostgreSQL: psycopg is not installed (pip install '.[dev]')")
+    text = "postgresql+psycopg://me:s3cret@host/tuning"
+    found = read({"FLASHBIAS_DB_URL": text, "FLASHBIAS_DB_SECONDS": "4"})
+    with settings(db_url=text, db_seconds=4.0) as inside:
+        assert (inside.db_url, inside.db_seconds) == (found.db_url, found.db_seconds)
+        assert inside.identity != replace(inside, db_url=None).identity
+    assert found.db_url is not None
+    assert found.db_url.url == text
+    assert "s3cret" not in f"{found!r} {found.identity!r} {found.db_url}"
+    assert "me@host/tuning" in repr(found)
+
+
+def test_wrong_address_is_an_error_that_does_not_repeat_it() -> None:
+    """A malformed address says what one looks like, and keeps to itself what may be a password."""
+    pytest.importorskip("psycopg", reason="no PostgreSQL: psycopg is not installed (pip install '.[dev]')")
+    secret = "s3cr" + "et"  # a traceback quotes this file
+    with pytest.raises(SettingsError, match=r"FLASHBIAS_DB_URL: db_url: expected postgresql\+psycopg://") as caught:
+        read({"FLASHBIAS_DB_URL": f"postgresql://me:{secret}/tuning"})
+    assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 def test_environment_is_read_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def test_listing_and_unpinning_load_neither_torch_nor_triton(folder: Path) -> No
 
 def test_pin_that_cannot_be_stored_is_an_error(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that nobody may write to now ends the command with 1, and the message says so."""
-    monkeypatch.setattr("cache_db.store.BUSY_SECONDS", 0.2)
+    monkeypatch.setattr("cache_db.engines.BUSY_SECONDS", 0.2)
     connection = sqlite3.connect(folder / "flashbias.db", isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")  # the one state in which even root may read and not write
     code, output, errors = run("pin", "--key", KEY, "--config", GOOD.hash)

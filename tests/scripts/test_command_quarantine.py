@@ -121,7 +121,7 @@ def test_lift_of_a_database_that_cannot_be_written_is_an_error(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command says so, ends with 1, and everything is as it was; a rerun still tells what it found."""
-    monkeypatch.setattr("cache_db.store.BUSY_SECONDS", 0.2)
+    monkeypatch.setattr("cache_db.engines.BUSY_SECONDS", 0.2)
     connection = sqlite3.connect(folder / "flashbias.db", isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")  # the one state in which even root may read and not write
     code, output, errors = run("cache", "quarantine", "lift", "--key", KEY)
