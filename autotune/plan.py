@@ -34,14 +34,7 @@ class Plan:
     @classmethod
     def of(cls, scene: Scene, kernel: str) -> Plan:
         """Reads candidates from spec and space, and earlier trials from the store; what won elsewhere comes first."""
-        allowed = [
-            config
-            for config in dict.fromkeys(scene.spec.candidates(kernel, scene.problem, scene.device))
-            if scene.spec.rejects(kernel, config, scene.problem, scene.device) is None
-        ]
-        if scene.device.interpreted:
-            allowed = _interpreted(scene, kernel, allowed)
-        allowed = list(dict.fromkeys([*allowed, *_added(scene, kernel)]))
+        allowed = list(dict.fromkeys([*_allowed(scene, kernel), *_added(scene, kernel)]))
         pin = scene.pins.get(kernel)
         wanted = allowed if pin is None else [pin.config]
         used = [config for config in wanted if scene.settings.allows(config.implementation)]
@@ -71,6 +64,16 @@ class Plan:
         return Trial(**{name: getattr(bar, name) for name in type(bar).model_fields}, seconds=0.0)
 
 
+def _allowed(scene: Scene, kernel: str) -> list[Config]:
+    """Returns the spec's candidates that its rules let run here."""
+    allowed = [
+        config
+        for config in dict.fromkeys(scene.spec.candidates(kernel, scene.problem, scene.device))
+        if scene.spec.rejects(kernel, config, scene.problem, scene.device) is None
+    ]
+    return _interpreted(scene, kernel, allowed) if scene.device.interpreted else allowed
+
+
 def _interpreted(scene: Scene, kernel: str, allowed: list[Config]) -> list[Config]:
     """Returns the few that are tried in the interpreter, where all that is foreign is faster, so only if it is asked for."""
     named = scene.settings.implementations
@@ -81,13 +84,22 @@ def _interpreted(scene: Scene, kernel: str, allowed: list[Config]) -> list[Confi
 
 
 def exhausted(scene: Scene) -> bool:
-    """Returns whether every config that the space offers has been tried; the pin of a kernel stands for all of its."""
-    return not any(_untried(scene, kernel) for kernel in scene.kernels if kernel not in scene.pins)
+    """Returns whether every config of the space, and every foreign one, has been tried; a kernel's pin stands for all of its.
+
+    What others wrote comes and goes with its packages, so a complete sweep of another day says nothing of it.
+    """
+    return not any(_untried(scene, kernel) for kernel in (*scene.kernels, *unpinned(scene)) if kernel not in scene.pins)
+
+
+def unpinned(scene: Scene) -> list[str]:
+    """Returns the alternatives that may be chosen: whoever pins a kernel wants that one to run."""
+    return [name for name, places in scene.alternatives.items() if not any(place in scene.pins for place in places)]
 
 
 def _untried(scene: Scene, kernel: str) -> set[str]:
-    """Returns the hashes of what the space offers for ``kernel`` and nothing is known of since its last lift."""
-    offered = {config.hash for config in _added(scene, kernel) if scene.settings.allows(config.implementation)}
+    """Returns the hashes of what the space, or others, offer for ``kernel`` and nothing is known of since its last lift."""
+    allowed = [each for each in _allowed(scene, kernel) if scene.foreign(kernel, each)] + list(_added(scene, kernel))
+    offered = {config.hash for config in allowed if scene.settings.allows(config.implementation)}
     if not offered:
         return offered
     judgements = scene.judgements(kernel)

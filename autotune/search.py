@@ -17,7 +17,7 @@ from typing import Final
 
 from autotune.candidate import Candidate, at_other_sizes, cost, hosts, ranked, told
 from autotune.compilation import Compilation
-from autotune.plan import Plan
+from autotune.plan import Plan, unpinned
 from autotune.progress import track
 from autotune.sandbox import Outcome
 from autotune.scene import Scene, hashes
@@ -45,7 +45,7 @@ class Sweep:
         self._scene = scene
         limit = INTERPRETER_SECONDS if scene.device.interpreted and not scene.settings.finish else math.inf
         self.seconds = min(scene.settings.budget_seconds, limit)
-        plans = {kernel: Plan.of(scene, kernel) for kernel in (*scene.kernels, *_open(scene))}
+        plans = {kernel: Plan.of(scene, kernel) for kernel in (*scene.kernels, *unpinned(scene))}
         self._plans = {kernel: plan for kernel, plan in plans.items() if kernel in scene.kernels or plan.candidates}
         self.failure = ""
         self.failed: str | None = None
@@ -285,11 +285,6 @@ class KernelSweep:
     def _note(self) -> str:
         safe = self._safe()
         return f"{len(safe)} safe, best {safe[0].ms:.3g} ms" if safe else "none safe yet"
-
-
-def _open(scene: Scene) -> list[str]:
-    """Returns the alternatives that may be chosen: whoever pins a kernel wants that one to run."""
-    return [name for name, places in scene.alternatives.items() if not any(place in scene.pins for place in places)]
 
 
 def _name(winner: Winner | None) -> str:

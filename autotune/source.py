@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import triton.language as tl
@@ -25,6 +26,14 @@ def source_hash(entries: Iterable[Any], constants: Mapping[str, object] | None =
     sources = {f"constant {name}": repr(value) for name, value in (constants or {}).items()}
     for entry in entries:
         _collect(entry, sources)
+    text = "\n".join(f"{name}\n{source}" for name, source in sorted(sources.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def module_hash(modules: Iterable[ModuleType], facts: Mapping[str, object] | None = None) -> str:
+    """Returns the SHA-256 over all code of ``modules``, and ``facts`` whose ``repr`` is the same in every process."""
+    sources = {f"fact {name}": repr(value) for name, value in (facts or {}).items()}
+    sources |= {module.__name__: ast.unparse(_normalised(module)) for module in modules}
     text = "\n".join(f"{name}\n{source}" for name, source in sorted(sources.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -49,9 +58,9 @@ def _jitted(value: Any) -> bool:
     return hasattr(value, "fn") and hasattr(value, "arg_names")
 
 
-def _normalised(function: Callable[..., Any]) -> ast.Module:
-    """Returns the function's tree without docstrings and decorators."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+def _normalised(source: Callable[..., Any] | ModuleType) -> ast.Module:
+    """Returns the tree of a function, class or module without docstrings and decorators of functions and classes."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(source)))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             node.decorator_list = []

@@ -18,11 +18,13 @@ from cache_db.layers import FILE_NAME
 from cache_db.memory import Memory
 from cache_db.models import Problem
 from flashbias import plans, validation
-from flashbias.band import band
-from flashbias.explained import Explanation
+from flashbias.band import Band, band
+from flashbias.explained import RUNGS, Explanation
+from flashbias.implementations import rules
 from flashbias.kernels.factors import is_aligned
 from flashbias.kernels.problem import MAX_HEAD_DIM, Shape
 from flashbias.kernels.problem import problem as problem_of
+from flashbias.kernels.space import IMPLEMENTATION
 from flashbias.launcher import for_kernels
 from flashbias.plans import has_kernels, shape_of
 from flashbias.precision import Precision, chosen
@@ -77,7 +79,14 @@ def explain(
     aligned = all(_aligned(each) for each in (q, k, v))
     shape = shape_of(q, k, v, q_bias, mask, for_kernels(cast("Wanted", tuple(wants)), mask), aligned, arithmetic, None)
     device = describe(q.get_device())
-    return explain_problem(problem_of(shape, device, seen.within(q.shape[1], k.shape[1])), device)
+    seen = seen.within(q.shape[1], k.shape[1])
+    found, settings = problem_of(shape, device, seen), current()
+    answer = explain_problem(found, device, settings)
+    if _suits(answer, seen, q.shape[1], k.shape[1]) or not settings.allows(IMPLEMENTATION):
+        return answer
+    ours = explain_problem(found, device, plans.ours_alone(settings))
+    raises = ours.found is not None and ours.found.doing is explanation.Doing.RAISE
+    return answer if raises or ours.rung == RUNGS[0] else ours
 
 
 def explain_shape(shape: Shape, device: DeviceInfo) -> Explanation:
@@ -85,9 +94,9 @@ def explain_shape(shape: Shape, device: DeviceInfo) -> Explanation:
     return explain_problem(problem_of(shape, device), device)
 
 
-def explain_problem(problem: Problem, device: DeviceInfo) -> Explanation:
-    """Returns what calls of ``problem`` run on ``device``, and why, under the settings in force."""
-    settings = current()
+def explain_problem(problem: Problem, device: DeviceInfo, settings: Settings | None = None) -> Explanation:
+    """Returns what calls of ``problem`` run on ``device``, and why, under ``settings``, else those in force."""
+    settings = settings or current()
     refusal = plans.refusal(problem, device, settings)
     if refusal is not None:
         return Explanation(refusal)
@@ -97,6 +106,15 @@ def explain_problem(problem: Problem, device: DeviceInfo) -> Explanation:
         empty = _read_only(Memory(), f"memory, for the database cannot be read: {error}")
         found = explanation.explain(problem, device, settings, empty)
     return Explanation(found.reason, found)
+
+
+def _suits(answer: Explanation, seen: Band, seqlen_q: int, seqlen_k: int) -> bool:
+    """Returns whether what ``answer`` tells of is what such a call runs, as :meth:`flashbias.plans.Plan.suits` has it."""
+    if answer.found is None:
+        return True
+    configs = (each.choice.config for each in answer.found.answers)
+    foreign = [rules.compiled(each, answer.found.device) for each in configs if each.implementation in rules.FOREIGN]
+    return all(each.suits(seen, seqlen_q, seqlen_k) for each in foreign)
 
 
 class _ReadOnly:

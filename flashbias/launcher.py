@@ -6,6 +6,8 @@ brought into their inputs' shapes.
 
 from __future__ import annotations
 
+import functools
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -23,6 +25,9 @@ from flashbias.plans import EAGER, Plan, has_kernels, names_of, packing_of, plan
 from flashbias.reference import Wanted
 
 Found = tuple[Tensor | None, ...]
+logger = logging.getLogger(__name__)
+
+_REASONS: Final = 64  # that are remembered, so that each is told once
 _FORWARD_ONLY: Final[Wanted] = (False, False, False, False, False, False)
 
 
@@ -72,7 +77,13 @@ def planned_forward(
         if plan.eager:
             return *eager.forward(*call, grads), EAGER
         if "forward" in plan.foreign:
-            return *plan.foreign["forward"].forward(q, k, v, q_bias, k_bias, band, scale), plan
+            try:
+                return *plan.foreign["forward"].forward(q, k, v, q_bias, k_bias, band, scale), plan
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the proof says nothing of a length that a backend refuses
+                _tell("forward", str(error))
+                return *eager.forward(*call, grads), EAGER
         tensors, sizes, _ = _prepared(q, k, q_bias, k_bias, mask, band, ())
         tensors.update(q=q, k=k, v=v)
         out = v.new_empty((sizes.batch, sizes.seqlen_q, sizes.nheads, v.shape[3]))
@@ -123,7 +134,13 @@ def backward(
         if "backward" in plan.foreign:
             dout, q, k, v, out = map(plan.fit, (dout, q, k, v, out))
             run = plan.foreign["backward"].backward
-            return _as_inputs(run(dout, q, k, v, q_bias, k_bias, out, lse, band, scale, dlse), inputs, names)
+            try:
+                return _as_inputs(run(dout, q, k, v, q_bias, k_bias, out, lse, band, scale, dlse), inputs, names)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as in the forward
+                _tell("backward", str(error))
+                return eager.backward(*call)
         tensors, sizes, packed = _prepared(q, k, q_bias, k_bias, mask, band, names)
         # Hooks on saved tensors (offloading) may give them back in other memory than they were taken from.
         read = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
@@ -144,6 +161,12 @@ def backward(
     if grads[5] and not kernel_grads[5] and mask is not None:
         dmask = _without_keys(dlse, lse, mask)
     return (*gradients, dmask if whole is None else expanded(dmask, whole.shape))
+
+
+@functools.lru_cache(maxsize=_REASONS)
+def _tell(kernel: str, reason: str) -> None:
+    """Warns once of a foreign implementation that refuses a call."""
+    logger.warning("the foreign %s refuses a call: %s; running it eager", kernel, reason)
 
 
 def for_kernels(grads: Wanted, mask: Tensor | None) -> Wanted:

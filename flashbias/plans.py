@@ -87,6 +87,8 @@ EAGER: Final = Plan()
 _plans: dict[tuple[Any, ...], Plan] = {}
 _latest: dict[tuple[Any, ...], Plan] = {}
 _refused: dict[tuple[Any, ...], str] = {}
+# Where mode "assert" has no kernel of ours for the calls that nothing foreign suits.
+_without_ours: set[tuple[Any, ...]] = set()
 
 
 def forget() -> None:
@@ -94,6 +96,7 @@ def forget() -> None:
     _plans.clear()
     _latest.clear()
     _refused.clear()
+    _without_ours.clear()
 
 
 def refusal(problem: Problem, device: DeviceInfo, settings: autotune.Settings) -> str | None:
@@ -179,12 +182,22 @@ def plan_for(
 
     chosen = current()
     plan = made(chosen)
-    if not plan.suits(band, seqlen_q, seqlen_k) and chosen.allows(IMPLEMENTATION):
-        ours = made(replace(chosen, implementations=(IMPLEMENTATION,)))
+    whole_key = (key, aligned, chosen.identity)
+    if not plan.suits(band, seqlen_q, seqlen_k) and chosen.allows(IMPLEMENTATION) and whole_key not in _without_ours:
+        try:
+            ours = made(ours_alone(chosen))
+        except autotune.CacheMiss:  # the proven winner runs: it is right, only slower than on other calls
+            _without_ours.add(whole_key)
+            ours = EAGER
         plan = plan if ours.eager else ours
-    if not plan.eager or (key, aligned, chosen.identity) in _plans:
+    if not plan.eager or whole_key in _plans:
         _latest[key] = plan
     return plan
+
+
+def ours_alone(settings: autotune.Settings) -> autotune.Settings:
+    """Returns ``settings`` as they are for calls that nothing foreign suits (:meth:`Plan.suits`)."""
+    return replace(settings, implementations=(IMPLEMENTATION,))
 
 
 def shape_of(

@@ -96,6 +96,8 @@ def select(store: Store, chosen: Callable[[Dated], bool], *, keep_quarantine: bo
     found = Selection(list(gone))
     for name, (judged, lifts) in _configs(store).items():
         wanted = [row for row in judged if chosen(row)]
+        if not wanted:  # a lift alone is of no age: what it speaks of may be a row that cannot be read here
+            continue
         if name in needed:
             found.needed += len(wanted)
         elif lifts or any(row.verdict is not Verdict.SAFE for row in judged):

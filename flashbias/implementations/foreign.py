@@ -160,7 +160,3 @@ def _with_dlse(dout: Tensor, v: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tens
     first = whole.to(dout.dtype)
     columns = torch.cat([dout, first, (whole - first.float()).to(dout.dtype)], -1)
     return columns, F.pad(v, (0, _DLSE_PARTS), value=1.0), F.pad(out, (0, _DLSE_PARTS))
-
-
-# Part of the identity of every foreign config.
-SOURCES: Final = (Foreign, _whole, _padded, _with_dlse)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +133,3 @@ def led(tensor: Tensor, piece: Piece) -> Tensor:
     """Returns the piece's rows of a (B, S, H, columns) tensor behind its rows of zeros."""
     rows = tensor[:, piece.rows]
     return F.pad(rows, (0, 0, 0, 0, piece.lead, 0)) if piece.lead else rows
-
-
-# What decides the results of a foreign config beside the package: part of its identity.
-SOURCES: Final = (Fold, Joined, columns_of, join, Piece, pieces, led)

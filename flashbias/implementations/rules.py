@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Final
 
 from autotune.device import DeviceInfo
-from autotune.source import source_hash
+from autotune.source import module_hash
 from cache_db.models import Config, Problem, Scalar, digest
+from flashbias import band
+from flashbias.implementations import backend as protocol
 from flashbias.implementations import flash4, foreign, joining, sdpa
 from flashbias.implementations.backend import Backend
 from flashbias.implementations.foreign import Foreign
@@ -58,7 +61,7 @@ def rejects(kernel: str, config: Config, problem: Problem, device: DeviceInfo) -
     backend = _backends(device).get((config.implementation, config.variant))
     if backend is None:
         return f"unknown implementation {config.implementation}/{config.variant} on this device"
-    reason = _of_problem(problem) or _of_widths(kernel, backend, problem) or _of_device(kernel, config, device)
+    reason = _of_problem(kernel, problem) or _of_widths(kernel, backend, problem) or _of_device(kernel, config, device)
     return reason or _of_versions(config, backend)
 
 
@@ -75,7 +78,7 @@ def _backends(device: DeviceInfo) -> Mapping[tuple[str, str], Backend]:
     return _ON_CPU if device.interpreted else _ON_GPU
 
 
-def _of_problem(problem: Problem) -> str | None:
+def _of_problem(kernel: str, problem: Problem) -> str | None:
     """Returns what of the problem no foreign implementation can do, or only at the price that ours saves."""
     fields = problem.fields
     if fields["mask"] != "none":
@@ -90,6 +93,8 @@ def _of_problem(problem: Problem) -> str | None:
         return "no fp32 arithmetic of a promised precision"
     if fields["factor_dtype"] not in ("none", fields["dtype"]):
         return "factors of more precision than q's would be rounded to it"
+    if kernel == BACKWARD and fields["factor_dtype"] == "float16":
+        return "dq is rounded to fp16 before its scale is undone, which takes most of fp16's range from it"
     if problem.layout != "aligned":
         return "needs rows of whole, aligned 16-byte steps"
     return None
@@ -129,9 +134,11 @@ def _of_versions(config: Config, backend: Backend) -> str | None:
 def _versions(implementation: str, variant: str, backend: Backend) -> dict[str, Scalar] | None:
     """Returns the versions here, and a hash of our own code between the caller and the backend."""
     found = identity(implementation, variant)
-    return None if found is None else {**found, "code": _code(type(backend))}
+    return None if found is None else {**found, "code": _code(type(backend), tuple(sorted(vars(backend).items())))}
 
 
 @functools.cache
-def _code(backend: type[Backend]) -> str:
-    return source_hash([*joining.SOURCES, *foreign.SOURCES, backend])[:_CODE_DIGITS]
+def _code(kind: type[Backend], facts: tuple[tuple[str, object], ...]) -> str:
+    """Returns the hash of all our code that a backend of this ``kind`` runs through, and of its own ``facts``."""
+    modules = (band, joining, foreign, protocol, sys.modules[kind.__module__])
+    return module_hash(modules, {"kind": kind.__qualname__, **dict(facts)})[:_CODE_DIGITS]

@@ -90,6 +90,23 @@ def test_in_the_interpreter_a_guest_is_tried_only_if_it_is_named(tmp_path: Path)
     assert open_layers(tmp_path).winners(problem)["first"].complete
 
 
+def test_a_guest_that_comes_later_is_tried_where_sweeps_are_finished(tmp_path: Path) -> None:
+    """A complete sweep without it stands in calls; whoever finishes sweeps, as prewarming does, has it compete once."""
+    chosen(tmp_path, PROBLEM, ())
+    store = open_layers(tmp_path)
+    assert all(row.complete for row in store.winners(PROBLEM).values())
+    assert set(chosen(tmp_path, PROBLEM).values()) == {own(20)}
+    counts = []
+    for _ in range(2):
+        autotune.forget()
+        how = Settings(cache_dir=tmp_path, implementations=ALL, finish=True)
+        resolve(PROBLEM, DEVICE, how)
+        counts.append(store.counts()["trials"])
+    tried = {row.config for kernel in ("first", "both") for row in store.trials(PROBLEM, kernel)}
+    assert guest(1) in tried
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("other", ["2", ""])
 def test_a_winner_of_another_version_is_passed_over_for_the_next_safe_row(
     tuned: Path, version: Path, other: str

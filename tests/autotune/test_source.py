@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from autotune.source import source_hash
+from autotune.source import module_hash, source_hash
 
 KERNEL = '''
 import triton
@@ -57,3 +57,16 @@ def test_a_change_in_a_function_the_kernel_calls_changes_the_hash(tmp_path: Path
 def test_a_change_of_a_constant_the_kernel_reads_changes_the_hash(tmp_path: Path) -> None:
     """A proof does not outlive a change of a compile-time constant two calls away."""
     assert hash_of(tmp_path, "one", KERNEL) != hash_of(tmp_path, "two", KERNEL.replace("(2.0)", "(3.0)"))
+
+
+def test_a_modules_hash_sees_all_its_code_and_the_facts_beside_it(tmp_path: Path) -> None:
+    """Helpers, constants and facts count, wherever they stand; docstrings of functions and comments do not."""
+
+    def hashed(name: str, text: str, **facts: object) -> str:
+        return module_hash([load(tmp_path / f"{name}.py", text)], facts)
+
+    whole = hashed("one", KERNEL, multiple=8)
+    assert hashed("two", KERNEL.replace('"""Doubles a block."""', '"""Else."""  # and a comment'), multiple=8) == whole
+    for edited in (KERNEL.replace("(2.0)", "(3.0)"), KERNEL.replace("x * SCALE", "x + SCALE"), KERNEL + "\nNEW = 1\n"):
+        assert hashed("three", edited, multiple=8) != whole
+    assert hashed("one", KERNEL, multiple=32) != whole

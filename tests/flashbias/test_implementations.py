@@ -167,6 +167,21 @@ def test_a_backward_that_does_not_repeat_is_refused() -> None:
         assert {variant for _, variant in rules._ON_GPU} - refused == able
 
 
+def test_a_backward_that_would_lose_fp16s_range_is_refused() -> None:
+    """Dq of fp16 inputs with factors comes out of a backend before its scale is undone; bf16 has room for that."""
+    variant = rules.FLASH4, "plain"
+    for dtype, refused in (("float16", True), ("bfloat16", False)):
+        found = problem(SHAPE.model_copy(update={"dtype": dtype}), B200)
+        assert ("fp16's range" in str(rules.rejects("backward", config(*variant), found, B200))) is refused
+        assert "fp16's range" not in str(rules.rejects("forward", config(*variant), found, B200))
+
+
+def test_backends_of_one_class_and_different_widths_are_different_code() -> None:
+    """What sets a backend apart is part of its identity, and so of its proofs."""
+    codes = {rules._code(type(each), tuple(sorted(vars(each).items()))) for each in rules._ON_GPU.values()}
+    assert len(codes) == len(rules._ON_GPU)
+
+
 def test_one_pass_of_the_backward_is_nobodys() -> None:
     """They compute the forward or the whole backward, and our kernels never the whole backward."""
     found, device = problem(TRAINED, describe(-1)), describe(-1)

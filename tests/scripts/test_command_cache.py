@@ -345,3 +345,14 @@ def test_foreign_problems_are_told_by_all_their_fields() -> None:
         update={"fields": {**ATTENTION.fields, "rank_dim": 0, "grads": ""}, "layout": "strided"}
     )
     assert brief(plain) == "bfloat16 1024x1024 D64/32 no bias causal mask bool gqa_group 4 strided, forward only"
+
+
+def test_prune_deletes_no_lift_that_nothing_was_asked_of(run: Run, folder: Path) -> None:
+    """A lift whose judgements are not there, or cannot be read, is of no age, driver or version that was named."""
+    store = Store.open(folder / "flashbias.db")
+    alone = config(31)
+    store.add_lift(
+        Lift(problem=PROBLEM, kernel="forward", config=alone, lifted_by="me", host="here", created_at=NOW, reason="")
+    )
+    assert run("cache", "prune", "--driver", "no such driver")[0] == 0
+    assert [row for row in store.find(Lift) if row.config == alone]
