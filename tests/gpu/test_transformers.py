@@ -24,7 +24,11 @@ pytestmark = [
 @pytest.mark.parametrize("make", [bloom, mpt, swin])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_results_in_16_bits_are_as_near_the_truth_as_the_original(make: Maker, dtype: torch.dtype) -> None:
-    """Kernels run, not the fallback, and the error against fp64 is at most the original's but for chance."""
+    """Kernels run, not the fallback, and the error against fp32 is at most the original's but for chance.
+
+    fp64 is no truth here: its least number, which these models add where a key is masked, is -inf to their fp32 softmax,
+    and a row of padding on the left becomes NaN.
+    """
     plain = make().to("cuda", dtype)
     given = (images().to("cuda", dtype),) if make is swin else (tokens().to("cuda"),)
     named = {} if make is swin else {"attention_mask": padding("left").to("cuda")}
@@ -34,8 +38,8 @@ def test_results_in_16_bits_are_as_near_the_truth_as_the_original(make: Maker, d
     plans.forget()
     with torch.no_grad(), flashbias.settings(mode="read"):
         truth, wanted, found = (
-            model(*(each.double() if exact and make is swin else each for each in given), **named)[0].double()[real]
-            for exact, model in ((True, copy.deepcopy(plain).double()), (False, plain), (False, ours))
+            model(*(each.float() if exact and make is swin else each for each in given), **named)[0].double()[real]
+            for exact, model in ((True, copy.deepcopy(plain).float()), (False, plain), (False, ours))
         )
     assert any(plan.binaries for plan in plans._plans.values())
     assert off(found, truth) < 1.5 * off(wanted, truth)

@@ -39,5 +39,6 @@ def proofs(folder: Path) -> list[Verification]:
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs Python as a user's shell would."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, **variables}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
