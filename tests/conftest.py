@@ -5,8 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# These begin, so that no process is left with a long one at the end while the others have nothing to do.
+LONGEST = (
+    "scripts/test_prewarm.py",
+    "autotune/test_sandbox.py",
+    "scripts/test_quickstart.py",
+    "autotune/test_tuner_processes.py",
+    "autotune/test_nursery.py",
+    "flashbias/test_kernels.py",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +47,9 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, with the reason, the tests of the other process: interpreted functions cannot be compiled."""
+    """Puts the longest files first, and skips the tests of the other process: interpreted functions cannot be compiled."""
+    place = {str(Path(__file__).parent / name): number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
     if os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}:
         skip = pytest.mark.skip(reason="functions decorated under TRITON_INTERPRET cannot be compiled")
         for item in items:

@@ -21,10 +21,11 @@ from autotune.lease import claim
 from cache_db import Layers, open_layers
 from cache_db.models import Problem
 from tests.autotune.planted_spec import planted_problem
+from tests.warm import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = describe(-1)
-STARTED: list[subprocess.Popen[str]] = []
+STARTED: list[subprocess.Popen[str] | Warm] = []
 # A shell has Ctrl-C ignored in its background, whoever runs these tests there too.
 RESOLVE = """
 import json, signal, sys
@@ -48,7 +49,15 @@ def fresh_process() -> Iterator[None]:
     while STARTED:
         process = STARTED.pop()
         process.kill()
-        process.communicate()
+        if not isinstance(process, Warm):
+            process.communicate()
+
+
+def warm(problem: Problem, folder: Path) -> Warm:
+    """Runs ``RESOLVE`` on ``problem`` and ``folder`` in a process of its own that has torch already."""
+    process = Warm(RESOLVE, [problem.model_dump_json(), str(folder)], dict(os.environ), folder)
+    STARTED.append(process)
+    return process
 
 
 def start(problem: Problem, folder: Path, code: str = RESOLVE) -> subprocess.Popen[str]:
@@ -64,10 +73,10 @@ def start(problem: Problem, folder: Path, code: str = RESOLVE) -> subprocess.Pop
     return process
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+def finish(process: Warm) -> dict[str, object]:
     """Returns what the process printed at its end."""
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    status, output, errors = process.finish()
+    assert status == 0, errors
     result: dict[str, object] = json.loads(output)
     return result
 
@@ -105,9 +114,9 @@ def gone(pids: list[int], seconds: float = 10) -> bool:
 
 def test_second_process_sweeps_nothing_and_writes_nothing(tmp_path: Path) -> None:
     """What one process tuned, the next one only reads."""
-    first = finish(start(planted_problem(), tmp_path))
+    first = finish(warm(planted_problem(), tmp_path))
     before = (tmp_path / "flashbias.db").read_bytes()
-    second = finish(start(planted_problem(), tmp_path))
+    second = finish(warm(planted_problem(), tmp_path))
     assert first == {"swept": True, "rungs": ["winner", "winner"]}
     assert second == {"swept": False, "rungs": ["winner", "winner"]}
     assert (tmp_path / "flashbias.db").read_bytes() == before
@@ -131,11 +140,10 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path: Path, count: int) -> None:
     """After SIGKILL with k of n trials stored, the next process measures n - k, at once, and nothing twice."""
     problem = planted_problem("32 64 128", "32 64 128", slow=0.02)
     database = open_layers(tmp_path)
-    victim = start(problem, tmp_path)
+    victim = warm(problem, tmp_path)
     wait_for_trials(database, problem, count)
     offspring = children(victim.pid)
     victim.kill()
-    victim.communicate()
     assert gone(offspring)
     stored = {(row.kernel, row.config): row.created_at for row in database.trials(problem)}
     assert count <= len(stored) < 6
@@ -166,7 +174,7 @@ def test_ctrl_c_keeps_trials_frees_the_lease_and_is_raised_again(tmp_path: Path)
 
 def test_processes_that_meet_a_problem_together_sweep_it_once(tmp_path: Path) -> None:
     """Of four processes started at once exactly one sweeps; nobody fails, everyone gets proven configs."""
-    processes = [start(planted_problem(slow=0.02), tmp_path) for _ in range(4)]
+    processes = [warm(planted_problem(slow=0.02), tmp_path) for _ in range(4)]
     found = [finish(process) for process in processes]
     assert sum(bool(each["swept"]) for each in found) == 1
     assert all(len(each["rungs"]) == 2 for each in found)  # type: ignore[arg-type]
@@ -190,7 +198,7 @@ def test_waiting_for_another_process_ends_with_its_winner(tmp_path: Path) -> Non
     """With ``wait_seconds`` the caller gets the winner that the other process found meanwhile, without a sweep."""
     problem = planted_problem(slow=0.02)
     database = open_layers(tmp_path)
-    other = start(problem, tmp_path)
+    other = warm(problem, tmp_path)
     until = time.monotonic() + 60
     while database.holder(problem.hash) is None:
         assert time.monotonic() < until

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0
 PATIENT = 30.0
+# Who waits for a server waits PATIENT; a call on a busy machine that does not wait is over long before.
+UNAWAITED = PATIENT / 3
 CHILD = Path(__file__).with_name("store_child.py")
 
 
@@ -165,7 +167,7 @@ def test_stopped_server_costs_no_wait_and_gets_all_when_it_is_back(
     _work(layers, 100)
     cluster.stop()
     try:
-        assert _work(layers, 200) < SECONDS
+        assert _work(layers, 200) < UNAWAITED
     finally:
         cluster.start()
     _until(lambda: layers.server == "ready" and not layers._local.debts(1))
@@ -226,7 +228,7 @@ def test_server_that_turns_read_only_is_read_and_later_written(
     cluster.execute("SELECT pg_reload_conf()")
     try:
         _until(lambda: _is_read_only(own))
-        assert _work(layers, 100) < SECONDS
+        assert _work(layers, 100) < UNAWAITED
         assert layers.winners(examples.problem()) == {"forward": examples.winner()}
         assert (layers.server, layers.reachable) == ("read-only", True)
         assert len(_warnings(caplog)) == 1

@@ -291,8 +291,16 @@ def test_a_soak_raises_the_level_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", ["0", "-4", "many", "1e3"])
-def test_a_soak_of_no_number_is_refused(tmp_path: Path, count: str) -> None:
+def test_a_soak_of_no_number_is_refused(tmp_path: Path, count: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Repeats are a whole number from 1 on."""
-    status, _, errors = run(tmp_path, *SMALL, f"--soak={count}")
+    with pytest.raises(SystemExit) as ended:
+        prewarm.main([*SMALL, "--cache-dir", str(tmp_path), f"--soak={count}"])
+    assert ended.value.code == 2
+    assert "expected a whole number from 1 to 1000000000" in capsys.readouterr().err
+
+
+def test_the_script_ends_with_the_exit_code_of_wrong_usage(tmp_path: Path) -> None:
+    """What a wrong value ends with is what a shell sees."""
+    status, _, errors = run(tmp_path, *SMALL, "--soak=0")
     assert status == 2
     assert "expected a whole number from 1 to 1000000000" in errors

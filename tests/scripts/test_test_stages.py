@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = {"Python": "3.11.7", "torch": "2.13.0+cpu", "Triton": "3.6.0", "NumPy": "2.3.5", "GPU": "none"}
 
@@ -64,6 +66,17 @@ def test_each_test_belongs_to_one_stage(script: ModuleType) -> None:
     """The three pytest stages select disjoint markers that together leave nothing out."""
     selected = [stage(script, name).commands[0][-1] for name in ("interpreter", "compile", "gpu")]
     assert selected == ["not compile_only and not gpu", "compile_only", "gpu"]
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 3), (8, 12), (64, 12)])
+def test_waiting_tests_leave_no_core_idle(script: ModuleType, cores: int, processes: int) -> None:
+    """More processes than cores run the tests, up to a number whose memory a machine has."""
+    assert script._spread(cores)[:2] == ("--numprocesses", str(processes))
+
+
+def test_the_files_that_begin_are_there() -> None:
+    """A file that was renamed would begin where its name puts it."""
+    assert all((ROOT / "tests" / name).is_file() for name in LONGEST)
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
