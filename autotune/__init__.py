@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autotune.device import DeviceInfo
-    from autotune.errors import AutotuneError, CacheMiss, SettingsError
+    from autotune.errors import AutotuneError, CacheMiss, SettingsError, Taken
     from autotune.proofs import Choice
+    from autotune.resolution import Resolution
     from autotune.settings import Mode, Settings
     from autotune.spec import KernelSpec
-    from autotune.tuner import Resolution, confirm, forget, resolve
+    from autotune.tuner import confirm, forget, refresh, resolve
 
 __all__ = [
     "AutotuneError",
@@ -26,8 +27,10 @@ __all__ = [
     "Resolution",
     "Settings",
     "SettingsError",
+    "Taken",
     "confirm",
     "forget",
+    "refresh",
     "resolve",
 ]
 
@@ -38,11 +41,13 @@ _HOMES = {
     "DeviceInfo": "device",
     "KernelSpec": "spec",
     "Mode": "settings",
-    "Resolution": "tuner",
+    "Resolution": "resolution",
     "Settings": "settings",
     "SettingsError": "errors",
+    "Taken": "errors",
     "confirm": "tuner",
     "forget": "tuner",
+    "refresh": "tuner",
     "resolve": "tuner",
 }
 

@@ -8,6 +8,8 @@
     ├── SettingsError  (also ValueError)   a setting has a value it cannot have
     └── SuspectDevice  the device computed one thing in two ways
 
+    Taken              (no error, only with ``Settings.leave``)  another process tunes the problem
+
 A kernel that is wrong, racy, crashes or hangs is never an exception: it is a verdict.
 """
 
@@ -41,3 +43,7 @@ class SuspectDevice(AutotuneError):
 
 class SettingsError(AutotuneError, ValueError):
     """A setting has a value it cannot have; the message lists the right ones."""
+
+
+class Taken(Exception):
+    """Another process tunes the problem, and the settings leave it to that; the message says who."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import random
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -25,24 +27,34 @@ if TYPE_CHECKING:
 
 LEASE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.2
+LONGEST_PAUSE: Final = 1.0
 PID_DIGITS: Final = 10  # Linux stops at 2**22; what a damaged row holds may be longer than int() reads
 
 logger = logging.getLogger(__name__)
 
 
-def claim(store: Layers, problem: Problem, wait_seconds: float) -> Held | None:
-    """Takes the lease of ``problem``, waiting up to ``wait_seconds`` for its holder; None when it stays taken."""
+def claim(
+    store: Layers, problem: Problem | str, wait_seconds: float, check: Callable[[], None] = lambda: None
+) -> Held | None:
+    """Takes the lease of ``problem``, or of any other thing by its hash, waiting up to ``wait_seconds`` for its holder; None when it stays taken.
+
+    ``check`` is called before each look, and ends the waiting by what it raises.
+    """
     until = time.monotonic() + wait_seconds
-    owner = f"{_address()}:{uuid.uuid4().hex[:12]}"
+    owner = f"{address()}:{uuid.uuid4().hex[:12]}"
+    pause = POLL_SECONDS
+    name = problem if isinstance(problem, str) else problem.hash
     while True:
-        lease = store.claim(problem.hash, owner, hostname(), LEASE_SECONDS)
-        if lease is None and _bury(store, problem):
-            lease = store.claim(problem.hash, owner, hostname(), LEASE_SECONDS)
+        check()
+        lease = store.claim(name, owner, hostname(), LEASE_SECONDS)
+        if lease is None and _bury(store, name):
+            lease = store.claim(name, owner, hostname(), LEASE_SECONDS)
         if lease is not None:
             return Held(store, lease)
         if time.monotonic() >= until:
             return None
-        time.sleep(POLL_SECONDS)
+        time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter keeps no secret
+        pause = min(1.2 * pause, LONGEST_PAUSE)  # a thousand ranks may be waiting for one server
 
 
 class Held:
@@ -89,21 +101,32 @@ def hostname() -> str:
     return socket.gethostname()
 
 
-def _bury(store: Layers, problem: Problem) -> bool:
+def holder_of(store: Layers, problem: Problem) -> Lease | None:
+    """Returns the standing lease of ``problem``, None where nobody has it who may be alive."""
+    found = store.holder(problem.hash)
+    return None if found is None or is_dead(found.owner, found.host) else found
+
+
+def _bury(store: Layers, name: str) -> bool:
     """Releases the lease of a holder that is provably dead; returns whether it did."""
-    holder = store.holder(problem.hash)
-    if holder is None or holder.host != hostname():
-        return False
-    machine, _, rest = holder.owner.rpartition("/")
-    here, _, _ = _address().rpartition("/")
-    pid, _, born = rest.partition(":")[0].partition("-")
-    if machine != here or not pid.isdecimal() or len(pid) > PID_DIGITS or _birth(int(pid)) == born:
+    holder = store.holder(name)
+    if holder is None or not is_dead(holder.owner, holder.host):
         return False
     store.release(holder)
     return True
 
 
-def _address() -> str:
+def is_dead(owner: str, host: str) -> bool:
+    """Returns whether ``owner``, an address with anything behind a colon, is a process of this machine that has ended."""
+    if host != hostname():
+        return False
+    machine, _, rest = owner.rpartition("/")
+    here, _, _ = address().rpartition("/")
+    pid, _, born = rest.partition(":")[0].partition("-")
+    return machine == here and pid.isdecimal() and len(pid) <= PID_DIGITS and _birth(int(pid)) != born
+
+
+def address() -> str:
     """Returns machine and process as ``boot/pid namespace/pid-birth``: host names alone are not unique in containers."""
     return f"{_machine()}/{os.getpid()}-{_birth(os.getpid())}"
 

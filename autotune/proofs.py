@@ -16,7 +16,7 @@ from autotune.judgements import Judgement, Judgements
 from autotune.sandbox import Outcome
 from autotune.scene import Scene, hashes
 from autotune.standing import faster, next_safe
-from cache_db.models import Config, Verdict, Winner
+from cache_db.models import Config, Environment, Verdict, Winner
 
 Rung = Literal["pinned", "winner", "neighbour", "default"]
 NEIGHBOURS = 2
@@ -89,8 +89,11 @@ class Prover:
         reason = "; ".join(filter(None, (_report(used), *notes, _pins(choices))))
         return Adoption(choices, reason, all(winner.complete for winner in used))
 
-    def descend(self, winners: Mapping[str, Winner]) -> Adoption:
-        """Returns the best choice of each kernel down the ladder; empty when one kernel has nothing that passes."""
+    def descend(self, winners: Mapping[str, Winner], *, near: bool = True) -> Adoption:
+        """Returns the best choice of each kernel down the ladder; empty when one kernel has nothing that passes.
+
+        Without ``near`` no neighbour is looked for.
+        """
         choices: dict[str, Choice] = {}
         for kernel in self._scene.kernels:
             pinned = self._pinned(kernel, choices)
@@ -98,7 +101,7 @@ class Prover:
                 choices[kernel] = pinned
                 continue
             last = "every rung is refused by the rules"
-            for rung, config in self._rungs(kernel, winners):
+            for rung, config in self._rungs(kernel, winners, near=near):
                 proof = (
                     self._certify(kernel, winners[kernel], choices)
                     if rung == "winner"
@@ -128,6 +131,30 @@ class Prover:
         outcome = scene.prove(kernel, config, through, level)
         scene.note(kernel, config, outcome, through)
         return outcome
+
+    def accept(
+        self,
+        kernel: str,
+        config: Config,
+        chosen: Mapping[str, Choice],
+        needed: int,
+        level: int,
+        environment: Environment,
+        binary: str,
+    ) -> Outcome:
+        """Returns the proof of another rank, ``level`` in its ``environment``, if it holds here; else proves to ``needed``.
+
+        Raises KeyError when a kernel that ``kernel`` needs is not ``chosen``.
+        """
+        scene = self._scene
+        through = scene.upstream(kernel, {name: choice.config for name, choice in chosen.items()})
+        bar = scene.judgements(kernel).bar(config, hashes(through))
+        if bar is not None:
+            return _told(bar)
+        if environment == scene.device.environment and level >= needed:
+            return Outcome(Verdict.SAFE, level, "", {}, scene.seed, binary, 0.0)
+        self._announce(kernel)
+        return self.proof(kernel, config, chosen, needed)
 
     def _pinned(self, kernel: str, chosen: Mapping[str, Choice]) -> Choice | None:
         """Returns the pin of ``kernel`` if a gate's proof of it holds or can be made here; one that fails is dropped."""
@@ -200,7 +227,7 @@ class Prover:
             "proving the stored winner of %s again: it was proven elsewhere, at another level, or lifted", kernel
         )
 
-    def _rungs(self, kernel: str, winners: Mapping[str, Winner]) -> Iterator[tuple[Rung, Config]]:
+    def _rungs(self, kernel: str, winners: Mapping[str, Winner], *, near: bool) -> Iterator[tuple[Rung, Config]]:
         scene = self._scene
         seen: set[str] = set()
 
@@ -211,7 +238,8 @@ class Prover:
 
         if kernel in winners and fresh(winners[kernel].config):
             yield "winner", winners[kernel].config
-        for neighbour in scene.store.neighbours(scene.problem, scene.spec.soft_fields())[:NEIGHBOURS]:
+        neighbours = scene.store.neighbours(scene.problem, scene.spec.soft_fields()) if near else []
+        for neighbour in neighbours[:NEIGHBOURS]:
             if kernel in neighbour and fresh(neighbour[kernel].config):
                 yield "neighbour", neighbour[kernel].config
         default = scene.spec.default(kernel, scene.problem, scene.device)

@@ -51,27 +51,34 @@ def target(problem: Problem) -> DeviceInfo:
 
     Raises AutotuneError for a problem of no NVIDIA GPU, or of one that is too old for Triton.
     """
-    found = re.fullmatch(r"([1-9]\d?)\.(\d)", problem.capability)
-    if found is None or problem.gpu_name == INTERPRETER:
-        raise AutotuneError(f"{problem.gpu_name} (capability {problem.capability}) is no GPU that Triton compiles for")
-    capability = (int(found[1]), int(found[2]))
-    if capability < _OLDEST:
+    return gpu(problem.gpu_name, problem.capability, problem.sm_count, problem.mig_profile)
+
+
+def gpu(name: str, capability: str, sm_count: int, mig_profile: str = "") -> DeviceInfo:
+    """Returns a GPU that need not be here, as far as compiling for it needs it; ``capability`` is as in "9.0".
+
+    Raises AutotuneError for what is no NVIDIA GPU, or too old for Triton.
+    """
+    found = re.fullmatch(r"([1-9]\d?)\.(\d)", capability)
+    if found is None or name == INTERPRETER:
+        raise AutotuneError(f"{name} (capability {capability}) is no GPU that Triton compiles for")
+    parts = (int(found[1]), int(found[2]))
+    if parts < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         raise AutotuneError(
-            f"{problem.gpu_name} has compute capability {problem.capability}: expected {oldest} or later, "
+            f"{name} has compute capability {capability}: expected {oldest} or later, "
             "Triton compiles for nothing before"
         )
-    ptxas = ptxas_version(10 * capability[0] + capability[1])
     return DeviceInfo(
         index=-1,
-        name=problem.gpu_name,
+        name=name,
         uuid="",
-        capability=capability,
-        sm_count=problem.sm_count,
-        shared_memory=_SHARED_MEMORY.get(capability, _USUAL_SHARED_MEMORY),
-        mig_profile=problem.mig_profile,
+        capability=parts,
+        sm_count=sm_count,
+        shared_memory=_SHARED_MEMORY.get(parts, _USUAL_SHARED_MEMORY),
+        mig_profile=mig_profile,
         triton_version=triton.__version__,
-        environment=Environment(driver="", ptxas=ptxas, torch=str(torch.__version__)),
+        environment=Environment(driver="", ptxas=ptxas_version(10 * parts[0] + parts[1]), torch=str(torch.__version__)),
     )
 
 

@@ -21,6 +21,7 @@ from autotune.spec import KernelSpec, load
 from cache_db.models import FINAL, Config, Lift, Pin, Problem, Trial, Verdict, Verification
 
 if TYPE_CHECKING:
+    from autotune.agreement import Bond
     from cache_db import Layers
 
 SEEDS = 4
@@ -33,7 +34,7 @@ class Scene:
     """All that a search or a proof of one problem needs to know and to talk to.
 
     ``seed`` draws the inputs of every proof, so that the reference answers are computed once. While ``suspect`` (the
-    GPU has computed one thing in two ways) nothing is stored.
+    GPU has computed one thing in two ways) nothing is stored. ``bond`` holds this process to its job, if it is in one.
     """
 
     problem: Problem
@@ -44,6 +45,7 @@ class Scene:
     sandbox: Sandbox
     seed: int = 0
     suspect: bool = False
+    bond: Bond | None = None
     kernels: tuple[str, ...] = field(init=False)
     alternatives: dict[str, tuple[str, ...]] = field(init=False)
     _stored: dict[tuple[str, Config], None] = field(init=False, default_factory=dict)

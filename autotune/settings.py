@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from autotune.errors import SettingsError
+from autotune.job import Job
 from cache_db.address import Address
 
 LOG_LEVELS: Final = ("quiet", "info", "debug")
@@ -35,9 +36,12 @@ class Settings:
     even over a stored winner, ``off`` uses no database. ``cache_dir``: folder of the database, None for memory only.
     ``db_url``: the shared database behind it, if any, and ``db_seconds`` the longest wait for it.
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
-    tunes the same problem. ``implementations``: the only ones allowed, empty for all. ``log``: quiet, info or debug.
+    tunes the same problem; ``group_wait_seconds`` the same for one whose job only its process group shows, None for no
+    other. ``implementations``: the only ones allowed, empty for all. ``log``: quiet, info or debug.
     ``finish``: whether a winner whose sweep ran out of budget is swept on. ``space``: the ``module:attribute`` of
-    candidates of the caller's own, see :mod:`autotune.spaces`. ``cure``: what messages tell the user to do
+    candidates of the caller's own, see :mod:`autotune.spaces`. ``job``: the one whose ranks must all run the same, unless
+    ``alone``. ``leave``: whether a problem that another process tunes is left to it (``resolve`` raises Taken). ``record``:
+    the file in which the caller notes the problems it meets. ``cure``: what messages tell the user to do
     against tuning at the first call, ``remedy`` against running without a tuned kernel.
 
     Raises SettingsError (a ValueError) for any other value.
@@ -53,6 +57,11 @@ class Settings:
     space: str | None = None
     db_url: Address | None = None
     db_seconds: float = 2.5
+    group_wait_seconds: float | None = None
+    job: Job | None = None
+    alone: bool = False
+    leave: bool = False
+    record: Path | None = None
     cure: str = 'use mode "read", or tune it beforehand'
     remedy: str = "tune it beforehand"
 
@@ -62,6 +71,8 @@ class Settings:
             raise SettingsError(f"log: expected one of {', '.join(LOG_LEVELS)}, got {self.log!r}")
         _seconds("budget_seconds", self.budget_seconds, positive=True)
         _seconds("wait_seconds", self.wait_seconds, positive=False)
+        if self.group_wait_seconds is not None:
+            _seconds("group_wait_seconds", self.group_wait_seconds, positive=False)
         _seconds("db_seconds", self.db_seconds, positive=True)
         if self.space is not None and not (isinstance(self.space, str) and _SPACE.fullmatch(self.space)):
             raise SettingsError(f"space: expected module:attribute, got {self.space!r}")

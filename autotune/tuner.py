@@ -8,82 +8,34 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autotune import spaces
+from autotune import agreement, rendezvous, spaces
+from autotune.confirmation import reproved
 from autotune.device import DeviceInfo
-from autotune.errors import AutotuneError, CacheMiss, SettingsError
+from autotune.errors import AutotuneError, CacheMiss, SettingsError, Taken
 from autotune.lease import claim
 from autotune.messages import miss, remedy, summary
 from autotune.plan import exhausted
+from autotune.process_memory import Process, place
 from autotune.proofs import Adoption, Choice, Prover
+from autotune.resolution import Resolution
 from autotune.scene import Scene, open_scene
 from autotune.search import Sweep
 from autotune.settings import Mode, Settings
-from cache_db.models import Problem, Verdict, Winner
+from cache_db.models import Problem, Winner
 
 if TYPE_CHECKING:
     from cache_db import Layers
-    from cache_db.address import Address
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Resolution:
-    """What to run. Empty ``choices``: nothing proven, the caller must use its own fallback; ``reason`` says why.
-
-    ``swept`` is True for the one call that tuned the problem; ``location`` names the database.
-    """
-
-    choices: dict[str, Choice]
-    reason: str
-    swept: bool
-    location: str
-
-    @property
-    def won(self) -> bool:
-        """Whether every kernel runs its winner, or what was pinned in its place, and not a rung below."""
-        return bool(self.choices) and all(choice.rung in ("winner", "pinned") for choice in self.choices.values())
-
-
-class _Process:
-    """What one process remembers: decisions, their locks, and the databases opened."""
-
-    def __init__(self) -> None:
-        self.decided: dict[object, Resolution] = {}
-        self.confirmed: dict[object, bool] = {}
-        self.stores: dict[tuple[Path | None, Address | None], Layers] = {}
-        self.renew_locks()
-
-    def renew_locks(self) -> None:
-        """Makes fresh locks: those inherited by a forked child may be held by threads it does not have."""
-        self._guard = threading.RLock()
-        self._locks: dict[object, threading.Lock] = {}
-        self.sweeping = threading.Lock()
-
-    def lock(self, key: object) -> threading.Lock:
-        """Returns the lock under which ``key`` is decided."""
-        with self._guard:
-            return self._locks.setdefault(key, threading.Lock())
-
-    def store(self, settings: Settings) -> Layers:
-        """Returns the database of ``settings``, opened at its first use (importing SQLAlchemy takes 0.2 s)."""
-        from cache_db import open_layers
-
-        place = _place(settings)
-        with self._guard:
-            if place not in self.stores:
-                self.stores[place] = open_layers(*place, settings.db_seconds)
-            return self.stores[place]
-
-
-_process = _Process()
+_process = Process()
 os.register_at_fork(after_in_child=_process.renew_locks)
 
 
@@ -91,7 +43,7 @@ def resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolut
     """Returns the configs ``problem`` runs with on ``device``, tuning it first if ``settings`` allow and need it.
 
     Thread-safe; works from any thread. Raises CacheMiss in mode "assert" when nothing stored can be used, SettingsError
-    where tuning is allowed and ``settings.space`` offers what is no config. Ctrl-C during a sweep keeps the finished
+    where tuning is allowed and ``settings.space`` offers what is no config, Taken where ``settings.leave`` says so. Ctrl-C during a sweep keeps the finished
     trials, frees the lease and is raised again.
     """
     key = (problem, device.index, settings.identity)
@@ -117,7 +69,8 @@ def confirm(problem: Problem, device: DeviceInfo, settings: Settings, kernel: st
     with _process.lock(key):
         if key not in _process.confirmed:
             chosen = resolve(problem, device, settings).choices
-            _process.confirmed[key] = _reprove(problem, device, settings, kernel, choice, chosen, binary)
+            store = _process.store(settings)
+            _process.confirmed[key] = reproved(problem, device, settings, store, kernel, choice, chosen, binary)
         return _process.confirmed[key]
 
 
@@ -128,12 +81,7 @@ def decided(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolut
 
 def opened(settings: Settings) -> Layers | None:
     """Returns the database of ``settings`` if this process has opened it by now; opens nothing."""
-    return _process.stores.get(_place(settings))
-
-
-def _place(settings: Settings) -> tuple[Path | None, Address | None]:
-    """Returns the folder and the server of a database; mode off has neither."""
-    return (None, None) if settings.mode is Mode.OFF else (settings.cache_dir, settings.db_url)
+    return _process.stores.get(place(settings))
 
 
 def forget() -> None:
@@ -144,18 +92,46 @@ def forget() -> None:
     spaces.forget()
 
 
+def refresh() -> None:
+    """Forgets every decision, so that the next ``resolve`` decides anew; the ranks of a job agree anew.
+
+    What is stored stays, databases stay open, and what the shared one knows is asked for again.
+    """
+    _process.epoch += 1
+    _process.decided.clear()
+    _process.confirmed.clear()
+    for store in list(_process.stores.values()):
+        store.renew_knowledge()
+    rendezvous.forget()
+
+
 def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolution:
-    store = _process.store(settings)
-    with open_scene(problem, device, settings, store) as scene:
-        try:
-            return _decide_with_pins(scene)
-        except (CacheMiss, SettingsError):
-            raise
-        except AutotuneError as error:
-            reason = f"nothing could be proven: {error}"
-            cure = remedy(settings)
-            logger.warning("%s: %s; running without a tuned kernel. To change that: %s", summary(problem), reason, cure)
-            return Resolution({}, reason, False, store.location)
+    with open_scene(problem, device, settings, _process.store(settings)) as scene:
+        scene.bond = agreement.bond(scene, _process.epoch)
+        if scene.bond is None:
+            return _secured(scene, lambda: _decide_with_pins(scene))
+        with scene.bond:
+            return agreement.decide(
+                scene,
+                scene.bond,
+                lambda: _secured(scene, lambda: _decide_with_pins(scene)),
+                lambda reason: _secured(scene, lambda: _decide_alike(scene, reason)),
+            )
+
+
+def _secured(scene: Scene, decide: Callable[[], Resolution]) -> Resolution:
+    """Returns what ``decide`` does, or no choices, with one warning, when nothing can be proven."""
+    try:
+        return decide()
+    except (CacheMiss, SettingsError):
+        raise
+    except AutotuneError as error:
+        reason = f"nothing could be proven: {error}"
+        cure = remedy(scene.settings)
+        logger.warning(
+            "%s: %s; running without a tuned kernel. To change that: %s", summary(scene.problem), reason, cure
+        )
+        return Resolution({}, reason, False, scene.store.location)
 
 
 def _decide_with_pins(scene: Scene) -> Resolution:
@@ -198,20 +174,42 @@ def _decide(scene: Scene) -> Resolution:
     return replace(_descend(scene, prover, tuned.reason), swept=tuned.swept)
 
 
+def _decide_alike(scene: Scene, reason: str) -> Resolution:
+    """Returns what every rank finds for itself: the shipped seeds' winner or the default. Nothing is swept, no pin holds."""
+    reason = f"the job cannot agree: {reason}"
+    for kernel in list(scene.pins):
+        scene.drop_pin(kernel, reason)
+    found = Prover(scene).descend(scene.store.seeded(scene.problem), near=False)
+    if scene.settings.mode is Mode.ASSERT and any(choice.rung != "winner" for choice in found.choices.values()):
+        raise CacheMiss(miss(scene.problem, scene.store, reason))
+    return _told(scene, found, reason)
+
+
 def _tune(scene: Scene, prover: Prover) -> Resolution:
-    """Sweeps under the problem's lease, unless another process did meanwhile; empty when there is no result."""
+    """Sweeps under the problem's lease, unless another process did meanwhile; empty when there is no result.
+
+    In a job one rank comes to the lease, and keeps it until its decision is published.
+    """
     scene.sandbox.admit()
+    bond = scene.bond
+    until = time.monotonic() + (bond.seconds if bond else 0.0)
     # This process's turn comes first: its threads and GPUs must not meet each other's lease and give up.
-    with _process.sweeping:
-        held = claim(scene.store, scene.problem, scene.settings.wait_seconds)
+    with _process.sweeping, ExitStack() as own:
+        if bond is None:
+            held = claim(scene.store, scene.problem, scene.settings.wait_seconds)
+        else:
+            mine = bond.take_turn(until)
+            held = claim(scene.store, scene.problem, until - time.monotonic(), bond.check) if mine else None
+        if held is None and scene.settings.leave:
+            raise Taken(_taken(scene))
         if held is None:
             stored = _stored(scene, prover)  # what the holder has found by now
             return _resolution(scene, stored if stored.choices else Adoption({}, _taken(scene)))
-        with held:
-            stored = _stored(scene, prover)
-            if _satisfied(scene, stored):
-                return _resolution(scene, stored)
-            return _sweep(scene, prover, stored.reason)
+        (bond.held if bond else own).enter_context(held)
+        stored = _stored(scene, prover)
+        if _satisfied(scene, stored):
+            return _resolution(scene, stored)
+        return _sweep(scene, prover, stored.reason)
 
 
 def _sweep(scene: Scene, prover: Prover, reason: str) -> Resolution:
@@ -255,7 +253,11 @@ def _keep(scene: Scene, prover: Prover, winners: Mapping[str, Winner]) -> Adopti
 
 def _descend(scene: Scene, prover: Prover, reason: str) -> Resolution:
     """Takes the ladder and says so once."""
-    found = prover.descend(scene.store.winners(scene.problem))
+    return _told(scene, prover.descend(scene.store.winners(scene.problem)), reason)
+
+
+def _told(scene: Scene, found: Adoption, reason: str) -> Resolution:
+    """Returns ``found``, what the ladder has, and warns of it and of the ``reason`` for taking it."""
     rung = f"running {found.reason}" if found.choices else f"{found.reason}; running without a tuned kernel"
     logger.warning("%s: %s; %s. To change that: %s", summary(scene.problem), reason, rung, remedy(scene.settings))
     return _resolution(scene, replace(found, reason=f"{reason}; {found.reason}"))
@@ -277,44 +279,6 @@ def _satisfied(scene: Scene, stored: Adoption) -> bool:
 
 def _resolution(scene: Scene, found: Adoption, *, swept: bool = False) -> Resolution:
     return Resolution(found.choices, found.reason, swept, scene.store.location)
-
-
-def _reprove(
-    problem: Problem,
-    device: DeviceInfo,
-    settings: Settings,
-    kernel: str,
-    choice: Choice,
-    chosen: Mapping[str, Choice],
-    binary: str,
-) -> bool:
-    with open_scene(problem, device, settings, _process.store(settings)) as scene:
-        try:
-            proof = Prover(scene).proof(kernel, choice.config, chosen, 2, binary)
-        except AutotuneError as error:
-            logger.warning("%s: cannot prove %s again: %s", summary(problem), kernel, error)
-            return False
-    if proof.verdict is not Verdict.SAFE:
-        logger.warning(
-            "%s: %s %s fails as compiled here: %s, %s",
-            summary(problem),
-            kernel,
-            choice.config,
-            proof.verdict,
-            proof.reason,
-        )
-        return False
-    if proof.binary != binary:
-        logger.warning(
-            "%s: %s %s compiles to %.12s in this process but to %.12s in the one that proves it; not used",
-            summary(problem),
-            kernel,
-            choice.config,
-            binary,
-            proof.binary,
-        )
-        return False
-    return True
 
 
 def _taken(scene: Scene) -> str:

@@ -8,6 +8,7 @@ from cache_db.errors import CacheError
 from cache_db.layers import Layers, Origin, open_layers
 from cache_db.models import (
     FINAL,
+    Agreement,
     Config,
     Environment,
     Lease,
@@ -23,6 +24,7 @@ from cache_db.models import (
 
 __all__ = [
     "FINAL",
+    "Agreement",
     "CacheError",
     "Config",
     "Environment",

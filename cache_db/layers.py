@@ -21,7 +21,7 @@ from cache_db.batch import Batch, Shared
 from cache_db.delivery import deliver
 from cache_db.errors import CacheError, RowRefused
 from cache_db.local import Local
-from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
+from cache_db.models import Agreement, Lease, Lift, Pin, Problem, Trial, Verification, Winner
 from cache_db.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Layers:
         self._asked: set[str] = set()  # problems whose shared rows this process has
         self._stale: set[str] = set()  # problems about which the server must be asked again
         self._leased: set[tuple[str, str]] = set()  # problems and owners of leases that the server granted
+        self._renewed_at = 0.0  # what was learned of the server before counts no more (epoch seconds)
         if address is not None:
             from cache_db.remote import Remote
 
@@ -230,6 +231,34 @@ class Layers:
         found = self._ask(lambda store: (store.holder(problem_hash),))
         return self._local.holder(problem_hash) if found is None or found[0] is None else found[0]
 
+    def agree(self, wanted: Agreement) -> Agreement | None:
+        """Stores what a job runs for a problem unless it has agreed before; returns what is stored.
+
+        The server decides where one is named, else the user's file. None when that cannot be asked, or read: then
+        nothing is agreed on.
+        """
+        found = (
+            self._ask(lambda store: (store.agree(wanted),), writes=True) if self._remote else self._local.agree(wanted)
+        )
+        return None if found is None else found[0]
+
+    def agreed(self, job_id: str, problem_hash: str) -> tuple[Agreement | None] | None:
+        """Returns, in a tuple, what a job has agreed on for a problem; None where that cannot be known."""
+        if self._remote is None:
+            return self._local.agreed(job_id, problem_hash)
+        if self._remote.state == "read-only":  # what cannot be stored there cannot be agreed on
+            return None
+        return self._ask(lambda store: (store.agreed(job_id, problem_hash),))
+
+    def seeded(self, problem: Problem) -> dict[str, Winner]:
+        """Returns kernel -> winner of the shipped seeds alone, which are the same for every process that has them."""
+        return {kernel: winner for kernel, (_, winner) in self._seeds.winners(problem).items()}
+
+    def renew_knowledge(self) -> None:
+        """Has the server asked again about every problem, whatever was learned of it before."""
+        self._asked.clear()
+        self._renewed_at = time.time()
+
     def counts(self) -> dict[str, int]:
         """Returns the number of rows of each table of the user's database, with those in memory and the leases we hold."""
         counts = self._local.counts()
@@ -268,8 +297,9 @@ class Layers:
         """Whether the user's database may answer for ``problem`` alone."""
         if problem.hash in self._stale or problem.hash in self._asked:
             return problem.hash not in self._stale
-        age = time.time() - self._local.synced_at(problem)
-        return 0 <= age < FRESH_SECONDS and bool(self._local.winners(problem))
+        synced_at = self._local.synced_at(problem)
+        age = time.time() - synced_at
+        return self._renewed_at <= synced_at and 0 <= age < FRESH_SECONDS and bool(self._local.winners(problem))
 
     def _learn(self, problem: Problem) -> None:
         """Keeps all that the server knows of ``problem``."""

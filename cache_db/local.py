@@ -16,7 +16,7 @@ from cache_db import rules
 from cache_db.batch import Batch, Debt
 from cache_db.errors import CacheError, Damaged, RowRefused, Unavailable, UnknownSchema, identity
 from cache_db.memory import Memory
-from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
+from cache_db.models import Agreement, Lease, Lift, Pin, Problem, Trial, Verification, Winner
 
 if TYPE_CHECKING:
     from cache_db.store import Store
@@ -150,6 +150,18 @@ class Local:
     def holder(self, problem_hash: str) -> Lease | None:
         """Returns the standing lease of a problem."""
         return self._memory.holder(problem_hash) or self._read(lambda store: store.holder(problem_hash))
+
+    def agree(self, wanted: Agreement) -> tuple[Agreement | None] | None:
+        """Returns what a job has agreed on, as ``Store.agree`` does; None without a file, for nobody else sees memory."""
+        if self._store is None or not self._writable:
+            return None
+        return self._write(lambda rows: None if isinstance(rows, Memory) else (rows.agree(wanted),))
+
+    def agreed(self, job_id: str, problem_hash: str) -> tuple[Agreement | None] | None:
+        """Returns what a job has agreed on; None without a file that can be written."""
+        if not self._writable:
+            return None
+        return self._read(lambda store: (store.agreed(job_id, problem_hash),))
 
     def counts(self) -> dict[str, int]:
         """Returns the number of rows of each table, those in memory included."""

@@ -233,3 +233,13 @@ class Lease(_Row):
     host: str
     acquired_at: Finite
     expires_at: Finite
+
+
+class Agreement(_Row):
+    """What the ranks of job ``job_id`` run for one problem, as ``host`` told first; ``configs`` is autotune's own text."""
+
+    job_id: str = Field(min_length=1, max_length=255)
+    problem_hash: str
+    configs: str
+    host: str
+    created_at: Finite

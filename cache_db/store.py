@@ -15,12 +15,12 @@ from typing import Any, Self
 
 from sqlalchemy import func, select
 
-from cache_db import engines, leases, outbox, rows, rules, schema, statements
+from cache_db import engines, jobs, leases, outbox, rows, rules, schema, statements
 from cache_db.address import Address
 from cache_db.batch import Batch, Debt, Shared
 from cache_db.database import Database
 from cache_db.errors import Forbidden, RowRefused, Unavailable
-from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
+from cache_db.models import Agreement, Lease, Lift, Pin, Problem, Trial, Verification, Winner
 
 
 class Store(Database):
@@ -239,6 +239,16 @@ class Store(Database):
         """Returns the standing lease of a problem."""
         with self._reading() as connection:
             return leases.holder(connection, problem_hash, self._place.now(connection))
+
+    def agree(self, wanted: Agreement) -> Agreement | None:
+        """Stores what a job runs for a problem unless it has agreed before; returns what is stored, None if unreadable."""
+        with self._writing() as connection:
+            return jobs.agree(connection, self._insert, wanted)
+
+    def agreed(self, job_id: str, problem_hash: str) -> Agreement | None:
+        """Returns what a job has agreed on for a problem."""
+        with self._reading() as connection:
+            return jobs.agreed(connection, job_id, problem_hash)
 
     def counts(self) -> dict[str, int]:
         """Returns the number of rows of each table."""

@@ -3,7 +3,8 @@
 ``flash_bias_func`` computes softmax(q kᵀ · scale + q_bias k_biasᵀ + mask) v and its gradients, and
 ``flash_bias_varlen_func`` those of packed sequences of different lengths; ``factors`` builds
 q_bias and k_bias for well-known biases; ``nn`` has an attention layer made with both; ``settings`` says how
-configurations are found, for a block of code; ``explain`` says which one a call runs, and why. The method is FlashBias (arXiv:2505.12044).
+configurations are found, for a block of code; ``explain`` says which one a call runs, and why; ``refresh`` takes up
+what was found since. The method is FlashBias (arXiv:2505.12044).
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from flashbias.explained import Explanation
     from flashbias.explaining import explain
     from flashbias.merge import merge_attention
+    from flashbias.refreshing import refresh
     from flashbias.settings import settings
     from flashbias.varlen.api import flash_bias_varlen_func
 
@@ -73,6 +75,7 @@ __all__ = [
     "flash_bias_varlen_func",
     "merge_attention",
     "nn",
+    "refresh",
     "settings",
 ]
 
@@ -87,6 +90,7 @@ _HOMES = {
     "flash_bias_func": "flashbias.api",
     "flash_bias_varlen_func": "flashbias.varlen.api",
     "merge_attention": "flashbias.merge",
+    "refresh": "flashbias.refreshing",
     "settings": "flashbias.settings",
 }
 _MODULES = {"factors", "nn"}

@@ -41,6 +41,7 @@ from flashbias.kernels.problem import (
 from flashbias.kernels.space import IMPLEMENTATION
 from flashbias.kernels.spec import ATTENTION
 from flashbias.precision import Precision
+from flashbias.recording import record
 from flashbias.reference import Wanted
 from flashbias.settings import current
 from flashbias.varlen.sequences import Extent
@@ -255,6 +256,8 @@ def _mask_dims(mask: Tensor) -> MaskDims:
 
 def _make_plan(shape: Shape, band: Band, device: DeviceInfo, settings: autotune.Settings) -> Plan:
     """Resolves every kernel of the call and compiles it; a binary that is not the proven one is proven first."""
+    if settings.record is not None:
+        record(settings.record, shape, band)
     found = problem(shape, device, band)
     resolution = autotune.resolve(found, device, settings)
     if not resolution.choices:

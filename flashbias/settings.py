@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict, Unpack
 
 from autotune.errors import SettingsError
+from autotune.job import Job
 from autotune.settings import Mode, Settings
 from cache_db.address import Address
 from cache_db.errors import BadAddress
@@ -33,7 +34,8 @@ REMEDY: Final = "tune beforehand with scripts/prewarm.py"
 JOB_WAIT_SECONDS: Final = 120.0
 
 _PREFIX: Final = "FLASHBIAS_"
-_PLANNED: Final = ("FLASHBIAS_RECORD",)
+_JOB: Final = "FLASHBIAS_JOB"
+_ALONE: Final = "none"  # what FLASHBIAS_JOB says for a process that agrees with nobody
 _LOGGERS: Final = ("flashbias", "autotune", "cache_db")
 _LEVELS: Final = {"quiet": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 
@@ -89,6 +91,8 @@ def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
         values["cache_dir"] = _folder(str(values["cache_dir"]))
     if isinstance(values.get("db_url"), str):
         values["db_url"] = _address(values["db_url"])
+    if "wait_seconds" in values:
+        values["group_wait_seconds"] = None
     if "implementations" in values:
         values["implementations"] = _implementations(values["implementations"])
     return _inside(replace(current(), **values), relog="log" in values)
@@ -102,10 +106,11 @@ def read(environment: Mapping[str, str]) -> Settings:
     Raises SettingsError, naming the variable and the right values, for a value that cannot be.
     """
     _warn_unknown(environment)
-    values: dict[str, Any] = {"cache_dir": _default_folder(environment), "wait_seconds": _default_wait(environment)}
+    values: dict[str, Any] = {"cache_dir": _default_folder(environment)}
+    values |= _in_job(environment)
     for variable, (field, parse) in _VARIABLES.items():
         text = environment.get(variable, "").strip()
-        if text:
+        if text and variable != _JOB:
             try:
                 values[field] = parse(text)
                 Settings(**{field: values[field]})
@@ -147,9 +152,7 @@ def _environment() -> Settings:
 
 def _warn_unknown(environment: Mapping[str, str]) -> None:
     for name in sorted(environment):
-        if name in _PLANNED:
-            logger.warning("environment variable %s has no effect in this version", name)
-        elif name.startswith(_PREFIX) and name not in _VARIABLES:
+        if name.startswith(_PREFIX) and name not in _VARIABLES:
             nearest = _nearest(name, [*_VARIABLES]) or f"; the variables are {', '.join(_VARIABLES)}"
             logger.warning("environment variable %s is not one of FlashBias's and has no effect%s", name, nearest)
 
@@ -172,9 +175,16 @@ def _default_folder(environment: Mapping[str, str]) -> Path | None:
         return None
 
 
-def _default_wait(environment: Mapping[str, str]) -> float:
-    ranks = environment.get("WORLD_SIZE", "")
-    return JOB_WAIT_SECONDS if ranks.isdecimal() and int(ranks) > 1 else 0.0
+def _in_job(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the settings of a process that belongs to a job, by its launcher or by ``FLASHBIAS_JOB``, or may come to."""
+    name = environment.get(_JOB, "").strip()
+    if name.lower() == _ALONE:
+        return {"alone": True}
+    job = Job.of(environment, name)
+    if job is not None:
+        return {"job": job, "wait_seconds": JOB_WAIT_SECONDS}
+    explicit = environment.get("FLASHBIAS_WAIT_SECONDS", "").strip()
+    return {} if explicit else {"group_wait_seconds": JOB_WAIT_SECONDS}  # a process group may be made later
 
 
 def _folder(text: str) -> Path:
@@ -191,6 +201,12 @@ def _folder_if_any(text: str) -> Path | None:
     except SettingsError as error:
         logger.warning("environment variable FLASHBIAS_CACHE_DIR: %s; tuning results are kept in memory", error)
         return None
+
+
+def _shapes_file(text: str) -> Path:
+    if not text.endswith(".toml"):
+        raise SettingsError(f"record: expected a file that ends in .toml, got {text!r}")
+    return _folder(text)
 
 
 def _address(text: str) -> Address:
@@ -264,6 +280,8 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "FLASHBIAS_BUDGET_SECONDS": ("budget_seconds", _number),
     "FLASHBIAS_WAIT_SECONDS": ("wait_seconds", _number),
     "FLASHBIAS_IMPLEMENTATIONS": ("implementations", _implementations),
+    "FLASHBIAS_JOB": ("job", str),
+    "FLASHBIAS_RECORD": ("record", _shapes_file),
     "FLASHBIAS_LOG": ("log", str),
 }
 _override: ContextVar[Settings | None] = ContextVar("flashbias_settings", default=None)

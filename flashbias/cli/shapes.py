@@ -22,6 +22,29 @@ from flashbias.precision import PRECISIONS
 
 # A mask seldom learns: its gradient is asked for by name.
 DEFAULT_GRADIENTS: Final = GRADIENTS[:5]
+NAMES: Final = (
+    "file",
+    "batch",
+    "nheads",
+    "nheads_kv",
+    "seqlen_q",
+    "seqlen_k",
+    "headdim",
+    "value_dim",
+    "rank",
+    "factor_dtype",
+    "causal",
+    "window",
+    "dtype",
+    "precision",
+    "mask",
+    "mask_dims",
+    "varlen",
+    "grads",
+    "layout",
+)
+"""What the flags are called once they are parsed, the file first."""
+
 MASKS: Final = ", ".join(get_args(MaskKind))
 
 
@@ -84,26 +107,7 @@ def from_file(path: Path) -> list[Shape]:
 
 
 def _combinations(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    names = [
-        "batch",
-        "nheads",
-        "nheads_kv",
-        "seqlen_q",
-        "seqlen_k",
-        "headdim",
-        "value_dim",
-        "rank",
-        "factor_dtype",
-        "causal",
-        "window",
-        "dtype",
-        "precision",
-        "mask",
-        "mask_dims",
-        "varlen",
-        "grads",
-        "layout",
-    ]
+    names = NAMES[1:]
     for values in itertools.product(*(getattr(arguments, name) for name in names)):
         yield dict(zip(names, values, strict=True))
 

@@ -30,7 +30,9 @@ def soaked(
     while found.won:
         before = time.monotonic()
         try:
-            results = soak(problem, device, chosen, open_layers(chosen.cache_dir), repeats)
+            results = soak(
+                problem, device, chosen, open_layers(chosen.cache_dir, chosen.db_url, chosen.db_seconds), repeats
+            )
         except SuspectDevice:
             raise
         except AutotuneError as error:

@@ -40,7 +40,7 @@ from tests.autotune.planted_spec import planted_problem
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 distributed.barrier()
-found = resolve(planted_problem(), describe(-1), Settings(cache_dir=Path(sys.argv[1]), wait_seconds=120))
+found = resolve(planted_problem(), describe(-1), Settings(cache_dir=Path(sys.argv[1]), group_wait_seconds=120))
 distributed.barrier()
 told = " ".join(sorted(f"{kernel}={choice.config.hash}" for kernel, choice in found.choices.items()))
 Path(sys.argv[1], f"rank{rank}").write_text(f"{int(found.swept)} {told}")

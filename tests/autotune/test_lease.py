@@ -10,7 +10,7 @@ import pytest
 import autotune
 from autotune import Settings, resolve
 from autotune.device import describe
-from autotune.lease import _address, _start_time, claim, hostname
+from autotune.lease import _start_time, address, claim, hostname
 from autotune.proofs import Prover
 from autotune.sandbox import Sandbox
 from autotune.scene import Scene
@@ -32,7 +32,7 @@ def fresh_process() -> Iterator[None]:
 def test_owner_with_an_endless_process_number_is_respected(tmp_path: Path) -> None:
     """A damaged owner that no integer can hold is nobody known to be dead, and no error."""
     database = open_layers(tmp_path)
-    owner = _address().rpartition("/")[0] + "/" + "9" * 5000 + "-1:x"
+    owner = address().rpartition("/")[0] + "/" + "9" * 5000 + "-1:x"
     database.claim(planted_problem().hash, owner, hostname(), 60)
     assert claim(database, planted_problem(), 0) is None
 

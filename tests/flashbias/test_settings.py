@@ -17,6 +17,7 @@ import pytest
 
 import flashbias
 from autotune.errors import SettingsError
+from autotune.job import Job
 from autotune.settings import Mode, Settings
 from flashbias.settings import CURE, REMEDY, current, read, reread, settings
 
@@ -42,7 +43,7 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     """With nothing set: tune, the XDG cache, 60 seconds, no waiting, every implementation, log level info."""
     found = read({"XDG_CACHE_HOME": str(tmp_path)})
-    assert found == Settings(cache_dir=tmp_path / "flashbias", cure=CURE, remedy=REMEDY)
+    assert found == Settings(cache_dir=tmp_path / "flashbias", group_wait_seconds=120.0, cure=CURE, remedy=REMEDY)
     assert (found.mode, found.budget_seconds, found.wait_seconds, found.log) == (Mode.TUNE, 60.0, 0.0, "info")
 
 
@@ -133,10 +134,23 @@ def test_unknown_variable_unlike_any_other_gets_the_list(caplog: pytest.LogCaptu
     assert "FLASHBIAS_CACHE_DIR" in caplog.text
 
 
-def test_variable_without_effect_in_this_version_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """What is planned but not built yet is not ignored in silence."""
-    read({"FLASHBIAS_RECORD": "shapes.toml"})
-    assert "FLASHBIAS_RECORD has no effect in this version" in caplog.text
+def test_a_job_is_read_from_the_launcher_or_named_by_the_user(tmp_path: Path) -> None:
+    """FLASHBIAS_JOB puts a process into a job, or with "none" out of any; a job's processes wait for each other."""
+    named = read({"FLASHBIAS_JOB": "mine"})
+    assert (named.job, named.alone, named.wait_seconds) == (Job("mine", one_host=True), False, 120.0)
+    assert read({}).group_wait_seconds == 120.0, "a process group may show the job later"
+    with settings(wait_seconds=5.0) as inside:
+        assert (inside.wait_seconds, inside.group_wait_seconds) == (5.0, None)
+    left = read({"FLASHBIAS_JOB": "none", "WORLD_SIZE": "8"})
+    assert (left.job, left.alone, left.wait_seconds) == (None, True, 0.0)
+    assert read({"FLASHBIAS_JOB": "mine", "FLASHBIAS_WAIT_SECONDS": "3"}).wait_seconds == 3.0
+
+
+def test_record_is_a_toml_file(tmp_path: Path) -> None:
+    """FLASHBIAS_RECORD names a file as prewarm reads it; any other ending is an error that says so."""
+    assert read({"FLASHBIAS_RECORD": str(tmp_path / "shapes.toml")}).record == tmp_path / "shapes.toml"
+    with pytest.raises(SettingsError, match=r"FLASHBIAS_RECORD: record: expected a file that ends in \.toml"):
+        read({"FLASHBIAS_RECORD": "shapes.json"})
 
 
 def test_address_of_a_shared_database_is_kept_and_not_shown() -> None:
