@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from cache_db import Layers
     from cache_db.address import Address
 
+    Place = tuple[Path | None, Address | None, tuple[Path, ...]]
+
 
 class Process:
     """What one process remembers: decisions, their locks, and the databases opened."""
@@ -20,7 +22,7 @@ class Process:
     def __init__(self) -> None:
         self.decided: dict[object, Resolution] = {}
         self.confirmed: dict[object, bool] = {}
-        self.stores: dict[tuple[Path | None, Address | None], Layers] = {}
+        self.stores: dict[Place, Layers] = {}
         self.epoch = 0  # of the agreements of this process's job
         self.renew_locks()
 
@@ -42,10 +44,11 @@ class Process:
         at = place(settings)
         with self._guard:
             if at not in self.stores:
-                self.stores[at] = open_layers(*at, settings.db_seconds)
+                folder, address, seeds = at
+                self.stores[at] = open_layers(folder, address, settings.db_seconds, seeds)
             return self.stores[at]
 
 
-def place(settings: Settings) -> tuple[Path | None, Address | None]:
-    """Returns the folder and the server of a database; mode off has neither."""
-    return (None, None) if settings.mode is Mode.OFF else (settings.cache_dir, settings.db_url)
+def place(settings: Settings) -> Place:
+    """Returns the folder, the server and the seeds of a database; mode off has none of them."""
+    return (None, None, ()) if settings.mode is Mode.OFF else (settings.cache_dir, settings.db_url, settings.seeds)

@@ -34,7 +34,8 @@ class Settings:
 
     ``mode``: ``tune`` sweeps on a miss, ``read`` never sweeps, ``assert`` raises CacheMiss on a miss, ``retune`` sweeps
     even over a stored winner, ``off`` uses no database. ``cache_dir``: folder of the database, None for memory only.
-    ``db_url``: the shared database behind it, if any, and ``db_seconds`` the longest wait for it.
+    ``db_url``: the shared database behind it, if any, and ``db_seconds`` the longest wait for it. ``seeds``: sealed databases
+    whose winners fill gaps; of two the earlier counts.
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
     tunes the same problem; ``group_wait_seconds`` the same for one whose job only its process group shows, None for no
     other. ``implementations``: the only ones allowed, empty for all. ``log``: quiet, info or debug.
@@ -62,6 +63,7 @@ class Settings:
     alone: bool = False
     leave: bool = False
     record: Path | None = None
+    seeds: tuple[Path, ...] = ()
     cure: str = 'use mode "read", or tune it beforehand'
     remedy: str = "tune it beforehand"
 
@@ -78,9 +80,9 @@ class Settings:
             raise SettingsError(f"space: expected module:attribute, got {self.space!r}")
 
     @property
-    def identity(self) -> tuple[Mode, Path | None, tuple[str, ...], bool, str | None, Address | None]:
+    def identity(self) -> tuple[object, ...]:
         """The settings that may change which config is chosen."""
-        return self.mode, self.cache_dir, self.implementations, self.finish, self.space, self.db_url
+        return self.mode, self.cache_dir, self.implementations, self.finish, self.space, self.db_url, self.seeds
 
     def allows(self, implementation: str) -> bool:
         """Returns whether configs of ``implementation`` may be used."""

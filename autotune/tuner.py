@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 _process = Process()
 os.register_at_fork(after_in_child=_process.renew_locks)
 

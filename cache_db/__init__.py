@@ -5,7 +5,7 @@ neither SQLAlchemy nor a driver: that happens when a database is opened.
 """
 
 from cache_db.errors import CacheError
-from cache_db.layers import Layers, Origin, open_layers
+from cache_db.layers import Layers, open_layers
 from cache_db.models import (
     FINAL,
     Agreement,
@@ -21,6 +21,7 @@ from cache_db.models import (
     Verification,
     Winner,
 )
+from cache_db.origins import Origin
 
 __all__ = [
     "FINAL",

@@ -49,7 +49,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Debt:
-    """A row of the user's database that the shared one lacks; ``row`` is None when it is not stored (any more).
+    """A row that the user's database has and the shared one lacks, or the other way round (``cache_db.outbox.GONE``).
+
+    ``row`` is None when it is not stored (any more).
 
     ``stamp`` names the row's contents: what was changed after a debt was read stays owed. ``replace`` says that the
     winner was meant to take another's place.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cache_db.errors import Identity, Unavailable, identity
+from cache_db.sharing import share
 
 LOCK_SECONDS = 10.0
 # The pending, reserved and shared bytes of SQLite's file format: https://www.sqlite.org/fileformat2.html#the_lock_byte_page
@@ -65,6 +66,8 @@ def _locked(path: Path, flags: int, lock: Callable[[int], None]) -> Iterator[Non
     deadline = time.monotonic() + LOCK_SECONDS
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
+        if flags & os.O_CREAT:
+            share(path)
         while True:
             try:
                 lock(descriptor)

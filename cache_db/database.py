@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select
+from sqlalchemy import Connection, Engine, Select, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from cache_db import engines, outbox, rows, schema, statements
@@ -52,6 +52,7 @@ class Database:
 
     def ensured(self) -> Self:
         """Returns this store once it has the schema. Raises Unavailable, Damaged or UnknownSchema."""
+        self._place.leave_wal()
         with self._reading() as connection:
             present = schema.is_present(connection)
         if not present:
@@ -76,9 +77,11 @@ class Database:
         if self._owed_to:
             outbox.owe(connection, self._insert, self._owed_to, outbox.debt(row, replace=replace))
 
-    def _fetch(self, query: Select[Any]) -> list[Any]:
+    def _fetch(self, query: Select[Any], younger: Table | None = None) -> list[Any]:
+        """Returns the rows of ``query``; none where the database has no table ``younger`` yet, which it asks for."""
         with self._reading() as connection:
-            if any(schema.lacks(connection, table) for table in query.get_final_froms()):
+            # Named by the caller: to ask the query for its tables compiles it, which takes longer than to run it.
+            if younger is not None and schema.lacks(connection, younger):
                 return []
             return list(connection.execute(query).mappings())
 

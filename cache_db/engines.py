@@ -16,8 +16,10 @@ is stored, and a thousand processes that train hold no connection.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +29,7 @@ from urllib.parse import quote
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, func, select, text
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
-from cache_db import deadline
+from cache_db import deadline, sharing
 from cache_db.address import Address
 from cache_db.errors import Busy, CacheError, Damaged, Forbidden, Identity, RowRefused, Unavailable, identity
 
@@ -38,6 +40,9 @@ SERVER_SECONDS = 10.0
 """How long one connection attempt, and one transaction, may take on a server that answers."""
 
 _IMMEDIATE = "flashbias_immediate"
+_WAL = slice(
+    18, 20
+)  # where a file says how it is written: https://www.sqlite.org/fileformat2.html#file_format_version_numbers
 _DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 _SCHEMA_LOCK = 0x666C617368626961  # "flashbia"
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -86,13 +91,26 @@ class File:
     def make_room(self) -> None:
         """Makes the file's folder. Raises Unavailable."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            sharing.make_folder(self.path.parent)
         except (FileExistsError, NotADirectoryError) as error:
             folders = (self.path.parent, *self.path.parent.parents)
             file = next((folder for folder in folders if folder.exists()), self.path.parent)
             raise Unavailable(f"{self.path} cannot be made: {file} is a file, not a folder") from error
         except OSError as error:
             raise Unavailable(f"{self.path.parent} cannot be made: {error.strerror}") from error
+        sharing.make_file(self.path)
+
+    def leave_wal(self) -> None:
+        """Gives a database that somebody set to a write-ahead log its rollback journal back, if nobody uses it now.
+
+        Such a log needs one host, and cannot be read in a folder that may not be written.
+        """
+        with contextlib.suppress(OSError, sqlite3.Error):
+            with self.path.open("rb") as file:
+                header = file.read(_WAL.stop)
+            if header[_WAL] == b"\2\2":
+                with contextlib.closing(sqlite3.connect(self.path, timeout=1.0)) as connection:
+                    connection.execute("PRAGMA journal_mode = DELETE")
 
     def lock_schema(self, connection: Connection) -> None:
         """Nothing to do: a write transaction is alone in the file."""
@@ -133,7 +151,10 @@ class Sealed(File):
 
     def make_room(self) -> None:
         """Raises Unavailable: a file without our schema is no seed."""
-        raise Unavailable(f"{self.path} is not a tuning database")
+        raise Unavailable(f"{self.path} is not a tuning database of this version: export it again")
+
+    def leave_wal(self) -> None:
+        """Nothing to do: a seed is never written."""
 
 
 class Server:
@@ -185,6 +206,9 @@ class Server:
 
     def make_room(self) -> None:
         """Nothing to do: a database is made by its server's administrator."""
+
+    def leave_wal(self) -> None:
+        """Nothing to do: its log is the server's business."""
 
     def lock_schema(self, connection: Connection) -> None:
         """Keeps other creators out until the transaction ends: without it 37 of 120 that met failed."""

@@ -6,7 +6,8 @@
     │   ├── Busy        no room at this moment, but soon: too many clients, a deadlock, a server that starts
     │   └── Forbidden   can be read, but not written: a read-only server, an account without the right
     ├── Damaged         the file is not a whole SQLite database
-    ├── UnknownSchema   written by a newer version of this library
+    ├── UnknownSchema   laid out by another version of this library, in a way that this one cannot use
+    ├── PackRefused     not a pack of rows, or one of a newer version of this library
     └── RowRefused      one row does not pass its model, or the engine cannot hold it
 
 ``Store`` raises these and nothing else. ``Layers`` turns all of them into one warning and goes on.
@@ -61,7 +62,11 @@ class Damaged(CacheError):
 
 
 class UnknownSchema(CacheError):
-    """The database was laid out by a newer version of this library."""
+    """The database was laid out by another version of this library, and cannot be carried over."""
+
+
+class PackRefused(CacheError):
+    """The file is no pack of rows, or one that only a newer version of this library can read."""
 
 
 class RowRefused(CacheError):

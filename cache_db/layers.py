@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +22,7 @@ from cache_db.delivery import deliver
 from cache_db.errors import CacheError, RowRefused
 from cache_db.local import Local
 from cache_db.models import Agreement, Lease, Lift, Pin, Problem, Trial, Verification, Winner
+from cache_db.origins import Origin, origins
 from cache_db.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -51,16 +52,6 @@ def open_layers(
     ``seconds`` is how long a call waits for the server. Never raises for a bad file or a server that is away.
     """
     return Layers(None if cache_dir is None else cache_dir / FILE_NAME, address, seconds, seeds)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where one winner is stored: its ``layer`` (user, shared or seeds), the ``place``, and whether it is the one that counts."""
-
-    layer: str
-    place: str
-    winner: Winner
-    counts: bool
 
 
 class Layers:
@@ -130,15 +121,15 @@ class Layers:
 
     def origins(self, problem: Problem) -> list[Origin]:
         """Returns every layer's winners of a problem, by kernel, the one that counts first: conflicts show."""
-        chosen = self.winners(problem)
+        self._learn(problem)
         shared = self._ask(lambda store: store.winners(problem)) or {}
-        rows = [("user", self._local.location, winner) for winner in self._local.winners(problem).values()]
-        rows += [("shared", str(self._remote and self._remote.address), winner) for winner in shared.values()]
-        rows += [("seeds", str(path), winner) for path, winner in self._seeds.winners(problem).values()]
-        found = [
-            Origin(layer, place, row, row == chosen[row.kernel]) for layer, place, row in rows if row.kernel in chosen
-        ]
-        return sorted(found, key=lambda origin: (origin.winner.kernel, not origin.counts))
+        judged: list[Trial | Verification] = [*self._local.trials(problem), *self._local.verifications(problem)]
+        return origins(
+            (self._local.location, self._local.winners(problem)),
+            (str(self._remote and self._remote.address), shared),
+            self._seeds.winners(problem),
+            judged,
+        )
 
     def put_winner(self, winner: Winner, *, replace: bool = False) -> Winner:
         """Stores a winner if its key has none, or in any case with ``replace``; returns the stored one, re-read."""

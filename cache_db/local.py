@@ -229,6 +229,19 @@ class Local:
         return action(self._store)
 
     def _open(self, path: Path) -> Store:
+        """Opens the file; one that a newer version laid out is left alone, and one of our own beside it is used."""
+        try:
+            return self._mended(path)
+        except UnknownSchema as error:
+            from cache_db.own import own_file
+
+            own = own_file(path)
+            store = self._mended(own)
+            self._path = own
+            logger.warning("Tuning database: %s; it is left alone, and %s is used instead.", error, own)
+            return store
+
+    def _mended(self, path: Path) -> Store:
         """Opens the file; a damaged one is moved aside first."""
         try:
             from cache_db.store import Store

@@ -1,4 +1,4 @@
-"""What the user's database owes the shared one: marks on rows that the server has not acknowledged yet.
+"""What the user's database owes the shared one: marks on rows, stored or deleted, that the server has not acknowledged yet.
 
 A mark is made in the transaction that stores its row, so that no kill comes between the two, and taken back when the
 server has the row. Both tables live in the user's file only, and only where a server is named.
@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import CreateTable
 
-from cache_db import rows, statements
+from cache_db import removal, rows, statements
 from cache_db.batch import Debt, Shared
 from cache_db.errors import RowRefused
 from cache_db.models import Lift, Problem, Trial, Verification, Winner
@@ -54,6 +54,9 @@ _KINDS: dict[str, type[Shared]] = {"trial": Trial, "verification": Verification,
 _NAMES = {model: kind for kind, model in _KINDS.items()}
 _SEPARATOR = "/"
 
+GONE = "gone"
+"""The kind of a debt that is a deletion; its name is that of ``removal.name``."""
+
 
 def debt(row: Shared, *, replace: bool = False) -> Debt:
     """Returns the debt that ``row``, as it is, leaves until a server has it."""
@@ -63,8 +66,10 @@ def debt(row: Shared, *, replace: bool = False) -> Debt:
 
 
 def owe(connection: Connection, insert: statements.Insert, target: str, owed: Debt) -> None:
-    """Marks a row as owed to ``target``."""
+    """Marks a row as owed to ``target``; that it was deleted earlier is owed no more."""
     connection.execute(CreateTable(_outbox, if_not_exists=True))
+    if owed.row is not None:
+        _unmark(connection, target, GONE, removal.name(owed.row))
     values = {
         "target": target,
         "kind": owed.kind,
@@ -73,6 +78,13 @@ def owe(connection: Connection, insert: statements.Insert, target: str, owed: De
         "replaces": int(owed.replace),
     }
     connection.execute(statements.put(insert, _outbox), values)
+
+
+def owe_removal(connection: Connection, insert: statements.Insert, target: str, row: Shared) -> None:
+    """Marks that ``row`` was deleted as owed to ``target``; the row itself is owed no more."""
+    named = removal.name(row)
+    owe(connection, insert, target, Debt(GONE, named, hashlib.sha256(named.encode()).hexdigest(), replace=False))
+    _unmark(connection, target, _NAMES[type(row)], removal.primary(row))
 
 
 def settle(connection: Connection, target: str, debts: Iterable[Debt]) -> None:
@@ -119,6 +131,12 @@ def synced_at(connection: Connection, target: str, problem: Problem) -> float:
         return float(found or 0.0)
     except ValueError:
         return 0.0
+
+
+def _unmark(connection: Connection, target: str, kind: str, name: str) -> None:
+    connection.execute(
+        delete(_outbox).where(_outbox.c.target == target, _outbox.c.kind == kind, _outbox.c.name == name)
+    )
 
 
 def _name(kind: str, values: Mapping[Any, Any]) -> str:

@@ -41,7 +41,7 @@ _JSON = ("fields", "params", "figures", "proven_with")
 
 def to_json(values: Mapping[str, Scalar]) -> str:
     """Returns valid JSON for a flat map that may hold what JSON cannot: inf is written 1e999, NaN null."""
-    return "{" + ",".join(f"{json.dumps(name)}:{_scalar(values[name])}" for name in sorted(values)) + "}"
+    return "{" + ",".join(f"{json.dumps(name)}:{scalar(values[name])}" for name in sorted(values)) + "}"
 
 
 def from_json(text: str) -> Any:
@@ -52,7 +52,8 @@ def from_json(text: str) -> Any:
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
-def _scalar(value: Scalar) -> str:
+def scalar(value: Scalar) -> str:
+    """Returns valid JSON for ``value``: inf is written 1e999, NaN null."""
     if isinstance(value, float) and not math.isfinite(value):
         return "null" if math.isnan(value) else f"{'-' if value < 0 else ''}1e999"
     return json.dumps(value)
@@ -106,7 +107,7 @@ def decode(model: type[Row], columns: Mapping[Any, Any]) -> Row:
         row = model.model_validate({name: data[name] for name in model.model_fields})
         hashes = (row.problem.key(row.kernel), row.problem.hash, row.config.hash)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RowRefused(f"{_name(columns)}: {_first_line(error)}") from error
+        raise RowRefused(f"{_name(columns)}: {first_line(error)}") from error
     if hashes != tuple(columns[name] for name in ("key_hash", "problem_hash", "config_hash")):
         raise RowRefused(f"{_name(columns)}: contents and hashes disagree")
     return row
@@ -119,7 +120,7 @@ def decode_problem(columns: Mapping[Any, Any]) -> Problem:
         problem = Problem.model_validate({**data, "fields": from_json(data["fields"])})
         agreed = problem.hash == columns["problem_hash"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RowRefused(f"{_name(columns)}: {_first_line(error)}") from error
+        raise RowRefused(f"{_name(columns)}: {first_line(error)}") from error
     if not agreed:
         raise RowRefused(f"{_name(columns)}: contents and hash disagree")
     return problem
@@ -145,6 +146,7 @@ def _name(columns: Mapping[Any, Any]) -> str:
     return f"row {str(columns.get('key_hash', columns.get('problem_hash')))[:12]} ({columns.get('kernel', '?')})"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns what ``error`` says, in one line of bounded length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {'; '.join(lines[:3])[:300]}"

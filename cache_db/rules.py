@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from cache_db import rows
 from cache_db.models import FINAL, Lease, Problem, Scalar, Trial, Verdict, Verification, Winner
 
 NEIGHBOURS = 8
@@ -16,6 +17,13 @@ CLOCK_SLACK = 5.0
 LONGEST_LEASE = 600.0
 """Seconds no lease is granted beyond; one that ends later yet was damaged, and binds nobody."""
 
+TRIAL_TIES = (
+    *("level", "seconds", "verdict", "reason", "figures", "proven_with", "binary"),
+    *("driver", "ptxas", "torch", "gpu_uuid", "host"),
+)
+WINNER_TIES = ("tried", "total", "complete", "proven_with", "binary", "driver", "ptxas", "torch")
+"""Columns that decide between rows of one age: which of them is kept means nothing, that all keep the same one does."""
+
 
 def supersedes(trial: Trial, stored: Trial | None) -> bool:
     """Whether ``trial`` may take the place of ``stored``: a final verdict only gives way to a final one."""
@@ -23,17 +31,17 @@ def supersedes(trial: Trial, stored: Trial | None) -> bool:
 
 
 def prevails(trial: Trial, stored: Trial | None) -> bool:
-    """Whether ``trial``, from another database, takes the place of ``stored``: a final verdict first, then the later."""
-    if stored is None:
-        return True
-    final, was_final = trial.verdict in FINAL, stored.verdict in FINAL
-    return final if final != was_final else (trial.created_at, trial.seed) > (stored.created_at, stored.seed)
+    """Whether ``trial``, from another database, takes the place of ``stored``.
+
+    What proves or bars its config comes first: "safe" at level 0 (timed only, or imported) lets nothing out of quarantine.
+    Then a final verdict, then the later one.
+    """
+    return stored is None or _trial_rank(trial) > _trial_rank(stored)
 
 
 def outranks(winner: Winner, stored: Winner) -> bool:
     """Whether ``winner`` is the better one: more proof, then speed; of equals the later, and then one that all agree on."""
-    ranks = [(each.level, -each.ms, each.created_at, each.config.hash) for each in (winner, stored)]
-    return ranks[0] > ranks[1]
+    return _winner_rank(winner) > _winner_rank(stored)
 
 
 def replaces(winner: Winner, stored: Winner | None, *, renewed: bool) -> bool:
@@ -87,6 +95,18 @@ def nearest(problem: Problem, others: Iterable[Problem], limit: int) -> list[Pro
     """Returns the ``limit`` other problems with the fewest differing columns and fields."""
     ranked = [(len(differing(problem, other)), other.hash, other) for other in others if other != problem]
     return [other for _, _, other in sorted(ranked, key=lambda entry: entry[:2])[:limit]]
+
+
+def _trial_rank(trial: Trial) -> tuple[object, ...]:
+    counts = trial.verdict != Verdict.SAFE or trial.level > 0
+    values = rows.encode(trial)
+    return (counts, trial.verdict in FINAL, trial.created_at, trial.seed, *(values[name] for name in TRIAL_TIES))
+
+
+def _winner_rank(winner: Winner) -> tuple[object, ...]:
+    values = rows.encode(winner)
+    first = (winner.level, -winner.ms, winner.created_at, winner.config.hash)
+    return (*first, *(values[name] for name in WINNER_TIES))
 
 
 def _same(left: Scalar | None, right: Scalar | None) -> bool:

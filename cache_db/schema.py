@@ -216,22 +216,35 @@ def library_version() -> str:
         return ""
 
 
+UPGRADES: dict[int, Callable[[Connection], None]] = {}
+"""Schema version -> what turns a database of it into one of the next, in one transaction, with every row kept.
+
+A step only adds: processes of the older version may be in the middle of their work. ``tests/cache_db/test_stored.py`` opens
+a stored database of each version that was ever released.
+"""
+
+
 def is_present(connection: Connection) -> bool:
-    """Whether the schema exists and is ours to use.
+    """Whether the schema exists as this version has it; False also for an older one, which ``create`` carries over.
 
     Raises UnknownSchema when a newer version of the library made it.
     """
+    return _version(connection) == SCHEMA_VERSION
+
+
+def _version(connection: Connection) -> int | None:
+    """Returns the version of the schema, None where there is none. Raises UnknownSchema for one we cannot use."""
     if not inspect(connection).has_table(meta.name):
-        return False
-    version = connection.execute(select(meta.c.schema_version)).scalar_one_or_none()
+        return None
+    version: object = connection.execute(select(meta.c.schema_version)).scalar_one_or_none()
     if version is None:
-        return False
-    if version != SCHEMA_VERSION:
+        return None
+    if not isinstance(version, int) or not (version == SCHEMA_VERSION or version in UPGRADES):
         raise UnknownSchema(
             f"its schema version is {version!r}, this library understands {SCHEMA_VERSION}: "
             "upgrade flashbias or name another database"
         )
-    return True
+    return version
 
 
 def lacks(connection: Connection, table: object) -> bool:
@@ -247,9 +260,16 @@ def add_younger(connection: Connection, table: Table, lock: Callable[[Connection
 
 
 def create(connection: Connection) -> None:
-    """Creates what is missing. Must run alone: in SQLite's write transaction, under an advisory lock elsewhere."""
-    if is_present(connection):
-        return
-    metadata_.create_all(connection)
-    row = {"id": 1, "schema_version": SCHEMA_VERSION, "library_version": library_version(), "created_at": time.time()}
-    connection.execute(meta.insert(), row)
+    """Creates what is missing, or carries an older schema over with its rows.
+
+    Must run alone: in SQLite's write transaction, under an advisory lock elsewhere.
+    """
+    version = _version(connection)
+    made_by = {"schema_version": SCHEMA_VERSION, "library_version": library_version()}
+    if version is None:
+        metadata_.create_all(connection)
+        connection.execute(meta.insert(), {"id": 1, **made_by, "created_at": time.time()})
+    elif version < SCHEMA_VERSION:
+        for step in range(version, SCHEMA_VERSION):
+            UPGRADES[step](connection)
+        connection.execute(meta.update().values(made_by))

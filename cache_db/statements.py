@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import ColumnElement, Delete, Select, Table, and_, or_, select
+from sqlalchemy import ColumnElement, Delete, Select, Table, and_, case, or_, select
 
-from cache_db import rows, schema
-from cache_db.models import FINAL, Lift, Pin, Problem, Trial, Verification, Winner
+from cache_db import rows, rules, schema
+from cache_db.models import FINAL, Lift, Pin, Problem, Trial, Verdict, Verification, Winner
 
 Insert = Callable[[Table], Any]
 """The dialect's own ``insert``, with ``on_conflict_do_update``."""
@@ -39,13 +39,15 @@ def add_trial(insert: Insert) -> Any:
 
 
 def merge_trial(insert: Insert) -> Any:
-    """Stores a trial from elsewhere: a final verdict over another, then the later one (``rules.prevails``)."""
+    """Stores a trial from elsewhere if it ranks above the one that is there (``rules.prevails``)."""
     statement = insert(schema.trials)
     new, stored = statement.excluded, schema.trials.c
-    final, was_final = _final(new.verdict), _final(stored.verdict)
-    later = _above((new.created_at, stored.created_at), (new.seed, stored.seed))
-    same = or_(and_(final, was_final), and_(~final, ~was_final))
-    return _replacing(statement, schema.trials, or_(and_(final, ~was_final), and_(same, later)))
+    above = _above(
+        (_number(_counts(new)), _number(_counts(stored))),
+        (_number(_final(new.verdict)), _number(_final(stored.verdict))),
+        *((new[name], stored[name]) for name in ("created_at", "seed", *rules.TRIAL_TIES)),
+    )
+    return _replacing(statement, schema.trials, above)
 
 
 def merge_winner(insert: Insert) -> Any:
@@ -57,6 +59,7 @@ def merge_winner(insert: Insert) -> Any:
         (stored.ms, new.ms),
         (new.created_at, stored.created_at),
         (new.config_hash, stored.config_hash),
+        *((new[name], stored[name]) for name in rules.WINNER_TIES),
     )
     return _replacing(statement, schema.winners, above)
 
@@ -79,8 +82,13 @@ def keep(insert: Insert, table: Table) -> Any:
 
 def of_problem(table: Table, problem: Problem, kernel: str | None = None) -> Select[Any]:
     """Returns the query for the rows of a problem, or of one of its kernels."""
-    query = select(table).where(table.c.problem_hash == problem.hash)
+    query = of_hash(table, problem.hash)
     return query if kernel is None else query.where(table.c.kernel == kernel)
+
+
+def of_hash(table: Table, problem_hash: str) -> Select[Any]:
+    """Returns the query for the rows of the problem with this hash."""
+    return select(table).where(table.c.problem_hash == problem_hash)
 
 
 def deletion(row: Trial | Verification | Winner | Lift) -> Delete:
@@ -105,6 +113,16 @@ def _above(*pairs: tuple[ColumnElement[Any], ColumnElement[Any]]) -> ColumnEleme
 def _final(verdict: ColumnElement[str]) -> ColumnElement[bool]:
     """The SQL form of ``verdict in FINAL``."""
     return verdict.in_(sorted(map(str, FINAL)))
+
+
+def _counts(trial: Any) -> ColumnElement[bool]:
+    """The SQL form of: the trial with these columns proves its config, or bars it."""
+    return or_(trial.verdict != str(Verdict.SAFE), trial.level > 0)
+
+
+def _number(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    """Returns 1 or 0, which compare alike on both engines."""
+    return case((condition, 1), else_=0)
 
 
 def _replacing(statement: Any, table: Table, where: ColumnElement[bool] | None) -> Any:

@@ -9,18 +9,20 @@ a transaction that reads first and writes later fails at once under contention, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select, union
 
-from cache_db import engines, jobs, leases, outbox, rows, rules, schema, statements
+from cache_db import engines, jobs, leases, outbox, removal, rows, rules, schema, statements
 from cache_db.address import Address
 from cache_db.batch import Batch, Debt, Shared
 from cache_db.database import Database
 from cache_db.errors import Forbidden, RowRefused, Unavailable
 from cache_db.models import Agreement, Lease, Lift, Pin, Problem, Trial, Verification, Winner
+
+_SHARED: tuple[type[Shared], ...] = (Trial, Verification, Lift, Winner)
 
 
 class Store(Database):
@@ -55,7 +57,7 @@ class Store(Database):
         try:
             return cls(engines.Server(address, seconds)).ensured()
         except Forbidden as error:
-            cure = "it has no FlashBias schema yet, have its owner run `flashbias cache init`"
+            cure = "it has no FlashBias schema, or an older one: have its owner run `flashbias cache init`"
             raise Unavailable(f"{error}; {cure}") from None
 
     def add_trial(self, trial: Trial) -> None:
@@ -129,7 +131,8 @@ class Store(Database):
     def lifts(self, problem: Problem, kernel: str | None = None) -> list[Lift]:
         """Returns the lifts of a problem, or of one of its kernels, oldest first."""
         order = (schema.lifts.c.created_at, schema.lifts.c.id)
-        return rows.decode_all(Lift, self._fetch(statements.of_problem(schema.lifts, problem, kernel).order_by(*order)))
+        query = statements.of_problem(schema.lifts, problem, kernel).order_by(*order)
+        return rows.decode_all(Lift, self._fetch(query, schema.lifts))
 
     def put_pin(self, pin: Pin) -> None:
         """Stores a pin in place of its key's earlier one."""
@@ -137,7 +140,7 @@ class Store(Database):
 
     def pins(self, problem: Problem) -> dict[str, Pin]:
         """Returns kernel -> pin; a row that fails validation is skipped with a warning."""
-        found = self._fetch(statements.of_problem(schema.pins, problem))
+        found = self._fetch(statements.of_problem(schema.pins, problem), schema.pins)
         return {pin.kernel: pin for pin in rows.decode_all(Pin, found)}
 
     def remove_pin(self, key: str) -> bool:
@@ -153,34 +156,56 @@ class Store(Database):
         hashes = {"key_hash": key, "config_hash": config}
         query = select(table).where(*(table.c[name].startswith(text, autoescape=True) for name, text in hashes.items()))
         query = query.order_by(table.c.created_at, table.c.key_hash, table.c.config_hash)
-        return rows.decode_all(kind, self._fetch(query))
+        return rows.decode_all(kind, self._fetch(query, table))
 
     def remove(self, found: Iterable[Trial | Verification | Winner | Lift]) -> int:
         """Deletes these very rows, all or none, and returns how many; one that was written anew meanwhile stays."""
         with self._writing() as connection:
-            return sum(connection.execute(statements.deletion(row)).rowcount for row in found)
+            return sum(self._delete(connection, row) for row in found)
+
+    def forget(self, names: Collection[str]) -> int:
+        """Deletes what another database deleted (``removal.name``), short of what is needed here; returns how many rows."""
+        with self._writing() as connection:
+            gone = [
+                row
+                for problem_hash in sorted(set(map(removal.problem_of, names)))
+                for row in removal.removable(_everything(connection, problem_hash), names)
+            ]
+            return sum(self._delete(connection, row) for row in gone)
+
+    def _delete(self, connection: Connection, row: Shared) -> int:
+        count = connection.execute(statements.deletion(row)).rowcount
+        if count and self._owed_to:
+            outbox.owe_removal(connection, self._insert, self._owed_to, row)
+        return count
 
     def everything(self, problem: Problem) -> Batch:
         """Returns all that is known of a problem, its pins excepted."""
         with self._reading() as connection:
-            found = {
-                kind: []
-                if schema.lacks(connection, statements.TABLES[kind])
-                else connection.execute(statements.of_problem(statements.TABLES[kind], problem)).mappings().all()
-                for kind in (Trial, Verification, Lift, Winner)
-            }
-        return Batch(
-            tuple(rows.decode_all(Trial, found[Trial])),
-            tuple(rows.decode_all(Verification, found[Verification])),
-            tuple(rows.decode_all(Lift, found[Lift])),
-            tuple(rows.decode_all(Winner, found[Winner])),
-        )
+            return _everything(connection, problem.hash)
 
-    def merge(self, batch: Batch, *, synced: tuple[str, Problem] | None = None) -> None:
+    def by_problem(self) -> Iterator[Batch]:
+        """Yields all that is known of one problem after the other, by GPU, spec and Triton; pins excepted.
+
+        Each is one transaction: whoever reads slowly must not keep writers out.
+        """
+        order = ("gpu_name", "spec", "triton_version", "problem_hash")
+        with self._reading() as connection:
+            tables = [statements.TABLES[kind] for kind in _SHARED]
+            parts = [select(*(each.c[name] for name in order)) for each in tables if not schema.lacks(connection, each)]
+            found = {str(row.problem_hash): tuple(map(str, row)) for row in connection.execute(union(*parts))}
+        # Sorted here: each engine sorts texts by its own alphabet.
+        for problem_hash in sorted(found, key=lambda each: found[each]):
+            with self._reading() as connection:
+                batch = _everything(connection, problem_hash)
+            yield batch
+
+    def merge(self, batch: Batch, *, synced: tuple[str, Problem] | None = None, owing: bool = False) -> int:
         """Stores rows from another database, all or none, in any order any number of times with one outcome.
 
         Trials give way as in ``rules.prevails``, winners as in ``rules.replaces``. ``synced``: this was all that the shared
-        database (its target) knew of the problem.
+        database (its target) knew of the problem. ``owing``: the shared database has yet to hear of these rows. Returns how
+        many rows are new or other than before, where the engine tells (SQLite does).
         """
         insert, by_rank, by_age, by_force = self._insert, *batch.winners_by_rule()
         work: tuple[tuple[Any, Sequence[Shared]], ...] = (
@@ -191,16 +216,22 @@ class Store(Database):
             (statements.renew_winner(insert), by_age),
             (statements.put(insert, schema.winners), by_force),
         )
+        changed = 0
         with self._writing() as connection:
             if batch.lifts:
                 schema.add_younger(connection, schema.lifts, self._place.lock_schema)
             for statement, found in work:
                 # By name: two that merge the same rows in different orders would wait for each other for ever. One at a
                 # time: psycopg sends many through a pipeline, whose end is a warning of its own when one fails.
-                for values in sorted((self._place.fitting(rows.encode(row)) for row in found), key=rows.name):
-                    connection.execute(statement, values)
+                encoded = [(self._place.fitting(rows.encode(row)), row) for row in found]
+                for values, row in sorted(encoded, key=lambda each: rows.name(each[0])):
+                    done = connection.execute(statement, values).rowcount > 0
+                    changed += done
+                    if owing and done:
+                        self._owe(connection, row)
             if synced is not None:
                 outbox.sync(connection, self._insert, *synced)
+        return changed
 
     def debts(self, target: str, limit: int) -> list[Debt]:
         """Returns up to ``limit`` rows that are owed to the shared database ``target``."""
@@ -259,3 +290,14 @@ class Store(Database):
                 else connection.execute(select(func.count()).select_from(table)).scalar_one()
                 for name, table in schema.ROW_TABLES.items()
             }
+
+
+def _everything(connection: Connection, problem_hash: str) -> Batch:
+    """Returns all that is known of the problem with this hash, its pins excepted."""
+    found: list[Shared] = []
+    for kind in _SHARED:
+        table = statements.TABLES[kind]
+        if not schema.lacks(connection, table):
+            read = connection.execute(statements.of_hash(table, problem_hash)).mappings().all()
+            found += rows.decode_all(kind, read)  # type: ignore[type-var]
+    return Batch.of(found)

@@ -5,6 +5,8 @@ What is decided is asked of :mod:`autotune.explanation`; here calls become probl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import torch
@@ -16,7 +18,8 @@ from autotune.settings import Mode, Settings
 from cache_db.errors import CacheError
 from cache_db.layers import FILE_NAME
 from cache_db.memory import Memory
-from cache_db.models import Problem
+from cache_db.models import Problem, Winner
+from cache_db.seeds import Seeds
 from flashbias import plans, validation
 from flashbias.band import Band, band
 from flashbias.explained import RUNGS, Explanation
@@ -120,9 +123,14 @@ def _suits(answer: Explanation, seen: Band, seqlen_q: int, seqlen_k: int) -> boo
 class _ReadOnly:
     """The reading half of ``Layers``, over one database or this process's memory; ``location`` is for messages."""
 
-    def __init__(self, rows: Store | Memory, location: str) -> None:
+    def __init__(self, rows: Store | Memory, location: str, seeds: Sequence[Path] = ()) -> None:
         self._rows = rows
+        self._seeds = Seeds(seeds)
         self.location = location
+
+    def winners(self, problem: Problem) -> dict[str, Winner]:
+        """Returns kernel -> winner; those of seeds fill gaps."""
+        return {kernel: row for kernel, (_, row) in self._seeds.winners(problem).items()} | self._rows.winners(problem)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _READS:
@@ -130,8 +138,8 @@ class _ReadOnly:
         return getattr(self._rows, name)
 
 
-def _read_only(rows: Store | Memory, location: str) -> Layers:
-    return cast("Layers", _ReadOnly(rows, location))
+def _read_only(rows: Store | Memory, location: str, seeds: Sequence[Path] = ()) -> Layers:
+    return cast("Layers", _ReadOnly(rows, location, seeds))
 
 
 def _reader(settings: Settings) -> Layers:
@@ -144,12 +152,12 @@ def _reader(settings: Settings) -> Layers:
     path = settings.cache_dir / FILE_NAME
     try:
         if not path.stat().st_size:
-            return _read_only(Memory(), f"{path}, which is empty")
+            return _read_only(Memory(), f"{path}, which is empty", settings.seeds)
     except OSError:
-        return _read_only(Memory(), f"{path}, which is not there")
-    from cache_db.store import Store
+        return _read_only(Memory(), f"{path}, which is not there", settings.seeds)
+    from cache_db.own import open_own
 
-    return _read_only(Store.open(path), str(path))
+    return _read_only(open_own(path), str(path), settings.seeds)
 
 
 def _aligned(tensor: Tensor) -> bool:

@@ -49,6 +49,7 @@ class Changes(TypedDict, total=False):
     cache_dir: Path | str | None
     db_url: Address | str | None
     db_seconds: float
+    seeds: Sequence[Path | str]
     budget_seconds: float
     wait_seconds: float
     implementations: Sequence[str]
@@ -70,6 +71,7 @@ def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
 
     ``mode``: tune, read, assert, retune or off. ``cache_dir``: folder of the database, None for memory only.
     ``db_url``: the shared database behind it, None for none; ``db_seconds``: the longest wait for it (docs/database.md).
+    ``seeds``: sealed databases whose winners fill gaps, () for none.
     ``budget_seconds``: the longest sweep of one problem. ``wait_seconds``: how long to wait for another process that
     tunes the same problem. ``implementations``: the only ones allowed, () for all. ``log``: quiet, info or debug (loggers
     belong to the process, so this one setting is seen by every thread). ``finish``: tune on where an earlier sweep ran
@@ -93,6 +95,9 @@ def settings(**changes: Unpack[Changes]) -> AbstractContextManager[Settings]:
         values["db_url"] = _address(values["db_url"])
     if "wait_seconds" in values:
         values["group_wait_seconds"] = None
+    if "seeds" in values:
+        named = values["seeds"]
+        values["seeds"] = _seeds(os.pathsep.join([named] if isinstance(named, str) else map(str, named)))
     if "implementations" in values:
         values["implementations"] = _implementations(values["implementations"])
     return _inside(replace(current(), **values), relog="log" in values)
@@ -187,11 +192,11 @@ def _in_job(environment: Mapping[str, str]) -> dict[str, Any]:
     return {} if explicit else {"group_wait_seconds": JOB_WAIT_SECONDS}  # a process group may be made later
 
 
-def _folder(text: str) -> Path:
+def _folder(text: str, expected: str = "cache_dir: expected a folder") -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError:
-        raise SettingsError(f"cache_dir: expected a folder, got {text!r}: there is no such home folder") from None
+        raise SettingsError(f"{expected}, got {text!r}: there is no such home folder") from None
 
 
 def _folder_if_any(text: str) -> Path | None:
@@ -214,6 +219,11 @@ def _address(text: str) -> Address:
         return Address.parse(text)
     except BadAddress as error:
         raise SettingsError(f"db_url: {error}") from None
+
+
+def _seeds(text: str) -> tuple[Path, ...]:
+    """Returns the files that ``text`` names, as PATH names folders; a file that cannot be read is a warning at its use."""
+    return tuple(_folder(part, "seeds: expected files") for part in text.split(os.pathsep) if part.strip())
 
 
 def _number(text: str) -> float:
@@ -277,6 +287,7 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "FLASHBIAS_CACHE_DIR": ("cache_dir", _folder_if_any),
     "FLASHBIAS_DB_URL": ("db_url", _address),
     "FLASHBIAS_DB_SECONDS": ("db_seconds", _number),
+    "FLASHBIAS_SEEDS": ("seeds", _seeds),
     "FLASHBIAS_BUDGET_SECONDS": ("budget_seconds", _number),
     "FLASHBIAS_WAIT_SECONDS": ("wait_seconds", _number),
     "FLASHBIAS_IMPLEMENTATIONS": ("implementations", _implementations),

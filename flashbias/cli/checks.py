@@ -198,7 +198,10 @@ def _database(found: Database) -> Check:
 def _file_system(path: Path) -> Check:
     kind = filesystem.kind(path)
     if filesystem.is_network(kind):
-        cure = "name a folder on a local disk in FLASHBIAS_CACHE_DIR: locks may not hold here, and every open is slow"
+        cure = (
+            "name a folder on a local disk in FLASHBIAS_CACHE_DIR, for locks may not hold here; what several nodes shall "
+            "know belongs into one PostgreSQL (FLASHBIAS_DB_URL), or, only to be read, into a sealed file (FLASHBIAS_SEEDS)"
+        )
         return Check("file system", State.WARNING, f"{kind}: the database lies on a network", cure)
     return Check("file system", State.OK, kind or "unknown")
 

@@ -39,12 +39,13 @@ def prefix(text: str) -> str:
     return text.lower()
 
 
-def open_store(folder: Path | None) -> Store:
-    """Returns the database in ``folder``, or in that of the library's settings; never makes one.
+def open_store(folder: Path | None, *, make: bool = False) -> Store:
+    """Returns the database in ``folder``, or in that of the library's settings; makes one only with ``make``.
 
-    Raises WrongUsage where there is none, and CacheError for one that cannot be read.
+    What is written to it is owed to the shared database of the settings, if any: ``flashbias.cli.owed`` sends it. Raises
+    WrongUsage where there is no database, and CacheError for one that cannot be read.
     """
-    from cache_db.store import Store
+    from cache_db.own import open_own
 
     place = folder or current().cache_dir
     if place is None:
@@ -52,14 +53,15 @@ def open_store(folder: Path | None) -> Store:
             "the database", expected="a folder", got="none in the settings", cure="Name one: --cache-dir"
         )
     path = place / FILE_NAME
-    if not path.exists() or not path.stat().st_size:  # SQLite would make a database of an empty file
+    if not make and (not path.exists() or not path.stat().st_size):  # SQLite would make a database of an empty file
         raise WrongUsage.explain(
             "--cache-dir",
             expected=f"a folder with a {FILE_NAME}",
             got=f"{place}, which has none",
             cure="Nothing was tuned into it yet, or the database lies elsewhere: name its folder with --cache-dir",
         )
-    return Store.open(path)
+    address = current().db_url
+    return open_own(path).owing("" if address is None else address.target)
 
 
 def add_spec(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ _BESIDE: Final = ("", "-wal", "-shm", "-journal")
 
 
 @contextlib.contextmanager
-def destination(path: Path | None, database: Path) -> Iterator[TextIO]:
+def destination(path: Path | None, database: Path | None) -> Iterator[TextIO]:
     """Opens where rows go, so that line ends stay as they are written; None is stdout.
 
     A file gets its name, and an earlier one makes room, once all is written. Raises WrongUsage for the ``database`` and
@@ -26,24 +26,38 @@ def destination(path: Path | None, database: Path) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    there = path.resolve()  # what a symbolic link points to is written, the link stays
-    if any(_same(there, database.with_name(f"{database.name}{suffix}")) for suffix in _BESIDE):
-        raise WrongUsage.explain("--output", expected="a file of its own", got=f"{path}, which is the database")
+    there = _apart(path, database)
     if there.exists() and not there.is_file():  # a pipe or a device has nothing to keep whole
         with there.open("w", encoding="utf-8", newline="") as file:
             yield file
         return
-    with _renamed(there) as file:
+    with _renamed(there) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         yield file
 
 
 @contextlib.contextmanager
-def _renamed(path: Path) -> Iterator[TextIO]:
-    """Opens a file beside ``path`` that takes its place at the end, or is gone when something is raised."""
+def file_destination(path: Path, database: Path | None) -> Iterator[Path]:
+    """As ``destination``, for whoever writes by name: yields an empty file that gets the name ``path`` at the end."""
+    with _renamed(_apart(path, database)) as temporary:
+        yield temporary
+
+
+def _apart(path: Path, database: Path | None) -> Path:
+    """Returns what is written when ``path`` is: what a symbolic link points to, the link stays."""
+    there = path.resolve()
+    beside = [database.with_name(f"{database.name}{suffix}") for suffix in _BESIDE] if database else []
+    if any(_same(there, each) for each in beside):
+        raise WrongUsage.explain("--output", expected="a file of its own", got=f"{path}, which is the database")
+    return there
+
+
+@contextlib.contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """Makes an empty file beside ``path`` that takes its place at the end, or is gone when something is raised."""
     temporary = path.with_name(f".flashbias-{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8", newline="") as file:
-            yield file
+        temporary.open("x").close()
+        yield temporary
         if path.exists():
             shutil.copymode(path, temporary)
         temporary.replace(path)

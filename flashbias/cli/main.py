@@ -12,7 +12,22 @@ from pathlib import Path
 
 import flashbias
 from autotune.errors import SettingsError
-from flashbias.cli import doctor, env, explain, init, pin, prune, ptx, quarantine, run, stored, trials, verify
+from flashbias.cli import (
+    doctor,
+    env,
+    explain,
+    init,
+    packs,
+    pin,
+    prune,
+    ptx,
+    quarantine,
+    run,
+    stored,
+    sweeps,
+    trials,
+    verify,
+)
 from flashbias.cli.database import WrongUsage
 from flashbias.cli.deferred import Deferred
 from flashbias.cli.guard import guarded
@@ -45,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     cache = commands.add_parser("cache", help="look into the tuning database, or make a shared one")
     parts = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
     stored.add_parsers(parts, common)
+    sweeps.add_parser(parts, common)
+    packs.add_parsers(parts, common)
     prune.add_parser(parts, common)
     quarantine.add_parser(parts, common)
     init.add_parser(parts)

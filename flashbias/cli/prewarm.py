@@ -79,7 +79,7 @@ def warm(
 
     With ``repeats`` each problem's winners are soaked with so many. ``place`` is this worker's in its crew.
     """
-    store = open_layers(chosen.cache_dir, chosen.db_url, chosen.db_seconds)
+    store = open_layers(chosen.cache_dir, chosen.db_url, chosen.db_seconds, chosen.seeds)
     start = time.monotonic()
     since = time.time() if chosen.mode is Mode.RETUNE else 0.0
     done = failed = 0

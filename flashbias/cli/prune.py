@@ -1,7 +1,8 @@
 """``flashbias cache prune``: deletes rows that are old, or of a driver or Triton that is gone.
 
 Nothing is ever proven, or let out of quarantine, by what is deleted. What was judged of a config that failed anything, or
-was lifted, therefore goes as a whole or stays; and so do the winners of one problem.
+was lifted, therefore goes as a whole or stays; and so do the winners of one problem. A shared database is told which rows
+went, and deletes those of them that nothing of its own rests on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from autotune.judgements import Judgements, Reach
 from autotune.place import Place
 from cache_db.models import Lift, Pin, Problem, Trial, Verdict, Verification, Winner
+from flashbias.cli import owed
 from flashbias.cli.database import WrongUsage, key_of, open_store, short
 from flashbias.cli.problems import brief, place
 from flashbias.cli.text import tell
@@ -71,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     store = open_store(options.cache_dir)
     found = select(store, _chosen(options), keep_quarantine=options.keep_quarantine)
     count = len(found.rows) if options.dry_run else store.remove(found.rows)
+    if not options.dry_run:
+        owed.send(store)
     if options.json:
         print(json.dumps(_data(found, store, count, dry=options.dry_run), indent=1))
         return 0

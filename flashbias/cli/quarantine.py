@@ -15,6 +15,7 @@ from autotune.lease import hostname
 from autotune.messages import summary
 from autotune.place import Place
 from cache_db.models import Lift, Trial, Verification
+from flashbias.cli import owed
 from flashbias.cli.database import WrongUsage, about, key_of, one_config, one_key, open_store, prefix, short, user
 from flashbias.cli.text import tell
 
@@ -71,6 +72,7 @@ def lift(options: argparse.Namespace) -> int:
     for row in {row.config: row for row in of_key}.values():
         _lift(store, row, [each for each in of_key if each.config == row.config])
         tell([f"{short(key)} {row.kernel} {short(row.config.hash)} {row.config}: may be tried again"])
+    owed.send(store)
     return 0
 
 

@@ -31,7 +31,11 @@ def soaked(
         before = time.monotonic()
         try:
             results = soak(
-                problem, device, chosen, open_layers(chosen.cache_dir, chosen.db_url, chosen.db_seconds), repeats
+                problem,
+                device,
+                chosen,
+                open_layers(chosen.cache_dir, chosen.db_url, chosen.db_seconds, chosen.seeds),
+                repeats,
             )
         except SuspectDevice:
             raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from autotune.candidate import told
 from autotune.evidence import level, plain, proof_lines, when
 from cache_db.models import Lease, Lift, Pin, Problem, Trial, Verification, Winner
+from flashbias.cli import layers
 from flashbias.cli.database import Row, about, open_store, prefix, short
 from flashbias.cli.problems import brief, one_problem, place
 from flashbias.cli.text import tell
@@ -81,11 +82,12 @@ def show(options: argparse.Namespace) -> int:
     found = everything(store)
     named = [(known.problem, kernel) for known in found.values() for kernel in known.kernels]
     known = found[one_problem(named, options.key).hash]
-    lease = store.holder(known.problem.hash)
+    lease, found_at = store.holder(known.problem.hash), layers.origins_of(known.problem, store)
     if options.json:
-        print(json.dumps(plain(_data(known, lease, store)), indent=1))
+        origins = [layers.as_json(each) for each in found_at]
+        print(json.dumps(plain(_data(known, lease, store) | {"origins": origins}), indent=1))
         return 0
-    tell(_lines(known, lease, store))
+    tell([*_lines(known, lease, store), *layers.lines(found_at)])
     return 0
 
 

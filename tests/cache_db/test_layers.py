@@ -101,15 +101,21 @@ def test_folder_in_the_files_place_means_memory(tmp_path: Path, caplog: pytest.L
 
 
 def test_newer_schema_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A database of a newer version is neither read nor written nor moved, and the warning says what to upgrade."""
+    """A newer version's database is neither read nor written nor moved; one of our own beside it is used, and kept."""
     examples.filled(tmp_path / "flashbias.db")
     with sqlite3.connect(tmp_path / "flashbias.db") as connection:
         connection.execute("UPDATE flashbias_meta SET schema_version = 2")
     connection.close()
     before = (tmp_path / "flashbias.db").read_bytes()
-    assert "upgrade flashbias" in _works_in_memory(tmp_path, caplog)
+    layers = open_layers(tmp_path)
+    layers.add_trial(examples.trial())
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "upgrade flashbias" in record.getMessage()
+    assert layers.location == str(tmp_path / "flashbias.schema-1.db")
+    assert open_layers(tmp_path).trials(examples.problem()) == [examples.trial()]
     assert (tmp_path / "flashbias.db").read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["flashbias.db"]
+    assert {file.name for file in tmp_path.iterdir()} == {"flashbias.db", "flashbias.schema-1.db"}
 
 
 def test_read_only_folder_is_read_and_new_rows_stay_in_memory(open_folder: Path) -> None:

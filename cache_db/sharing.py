@@ -1,0 +1,38 @@
+"""Files in a folder that a group works in: whoever makes one, the others of the group can use it.
+
+With the usual umask a new file is the group's to read at most, and a database that cannot be written is one that cannot be
+read by SQLite either while a journal lies beside it. (SQLite gives its journal the database's mode.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+_FILE, _FOLDER = 0o060, 0o070
+
+
+def share(path: Path) -> None:
+    """Gives the group of ``path``, which we made, the rights that it has in the folder; never any to everybody."""
+    with contextlib.suppress(OSError):
+        above, made = path.parent.stat(), path.stat()
+        if above.st_mode & stat.S_IWGRP and above.st_gid == made.st_gid and made.st_uid == os.geteuid():
+            rights = above.st_mode & (_FOLDER if stat.S_ISDIR(made.st_mode) else _FILE)
+            path.chmod(stat.S_IMODE(made.st_mode) | rights)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder ``path`` and those above it where they are missing. Raises OSError."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing):
+        share(each)
+
+
+def make_file(path: Path) -> None:
+    """Makes an empty file, which to SQLite is an empty database, unless there is one; what fails is left to SQLite to say."""
+    with contextlib.suppress(OSError):
+        path.open("x").close()
+        share(path)
