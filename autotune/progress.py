@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TypeVar
 
@@ -47,10 +48,29 @@ def remaining(done: int, total: int, elapsed: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
 
 
-def _on_terminal() -> bool:
-    """Returns whether stderr is a terminal; one that is missing, closed or somebody's own class without ``isatty`` is none."""
+def heading(done: int, total: int, elapsed: float, note: str = "") -> str:
+    """Returns what begins the line that announces the next item of a long job, when ``done`` of ``total`` are.
+
+    >>> heading(2, 12, 8.0, "5 safe, 1 wrong")
+    '[3/12, 0:40 left, 5 safe, 1 wrong]'
+    """
+    left = f"{remaining(done, total, elapsed)} left" if done else ""
+    return f"[{', '.join(filter(None, [f'{done + 1}/{total}', left, note]))}]"
+
+
+def counted(names: Iterable[str]) -> str:
+    """Returns how often each name comes, the commonest first.
+
+    >>> counted(["safe", "wrong", "safe"])
+    '2 safe, 1 wrong'
+    """
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+
+
+def _on_terminal(name: str = "stderr") -> bool:
+    """Returns whether that stream is a terminal; one that is missing, closed or somebody's own class without ``isatty`` is none."""
     try:
-        return bool(sys.stderr.isatty())
+        return bool(getattr(sys, name).isatty())
     except (AttributeError, ValueError, OSError):
         return False
 
@@ -81,7 +101,9 @@ def _bar(items: Iterable[T], title: str, total: int, note: Callable[[], str]) ->
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # What is printed above a bar on stderr would end up there: a stdout that goes into a file has to stay its own.
+    shared = _on_terminal("stdout")
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=shared) as bar:
         task = bar.add_task(title, total=total, note="")
         for item in items:
             yield item

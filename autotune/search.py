@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -18,7 +17,7 @@ from typing import Final
 from autotune.candidate import Candidate, at_other_sizes, cost, hosts, ranked, told
 from autotune.compilation import Compilation
 from autotune.plan import Plan, unpinned
-from autotune.progress import track
+from autotune.progress import counted, track
 from autotune.sandbox import Outcome
 from autotune.scene import Scene, hashes
 from autotune.settings import INTERPRETER_SECONDS
@@ -128,9 +127,10 @@ class KernelSweep:
 
     def tally(self) -> str:
         """Returns how the candidates fared, as "30 safe, 6 timed only, 4 wrong of 40"."""
-        verdicts = Counter(told(candidate.trial) for candidate in self._pool.values() if candidate.trial)
-        found = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) or "none tried"
-        return f"{found} of {self._plan.total}"
+        return f"{self._verdicts() or 'none tried'} of {self._plan.total}"
+
+    def _verdicts(self) -> str:
+        return counted(told(candidate.trial) for candidate in self._pool.values() if candidate.trial)
 
     def _resume(self, candidate: Candidate) -> None:
         """Takes over what was found earlier: what bars it here, or a proof through the same configs."""
@@ -284,7 +284,8 @@ class KernelSweep:
 
     def _note(self) -> str:
         safe = self._safe()
-        return f"{len(safe)} safe, best {safe[0].ms:.3g} ms" if safe else "none safe yet"
+        best = f"best {safe[0].ms:.3g} ms" if safe else "none safe yet"
+        return ", ".join(filter(None, [self._verdicts(), best]))
 
 
 def _name(winner: Winner | None) -> str:

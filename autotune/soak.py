@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from autotune.device import DeviceInfo
 from autotune.errors import AutotuneError
 from autotune.lease import claim
+from autotune.progress import track
 from autotune.proofs import Choice, Prover
 from autotune.sandbox import Outcome
 from autotune.scene import Scene, hashes, open_scene
@@ -91,7 +92,14 @@ def _parts(
 ) -> tuple[Outcome, int]:
     """Returns the last outcome, and how many repeats have agreed by then."""
     done = 0
-    for part in range(PARTS):
+    parts = track(
+        range(PARTS),
+        f"soaking {kernel}",
+        PARTS,
+        log=scene.settings.log,
+        note=lambda: f"{done} of {repeats} repeats agree",
+    )
+    for part in parts:
         scene.seed += 1
         outcome = scene.prove(kernel, config, through, LEVEL, repeats * (part + 1) // PARTS - repeats * part // PARTS)
         if not outcome.safe:

@@ -43,6 +43,7 @@ def test_the_wheel_holds_every_module_its_types_and_the_licence(wheel: Path) -> 
     """Each module of the tree, each py.typed and the licence are in the wheel."""
     wanted = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     wanted |= {f"{package}/py.typed" for package in PACKAGES}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "flashbias/cli/reporting/template").iterdir()}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert wanted <= names

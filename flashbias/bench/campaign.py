@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from autotune.progress import remaining
 from flashbias.bench import environment
 from flashbias.bench.compare import DeviceLost, compare
 from flashbias.bench.providers import Provider, catalogue
@@ -36,8 +38,12 @@ def measure(
     """
     asked = list(catalogue(folder, names))
     found = []
+    measured, start = 0, time.monotonic()
     for number, shape in enumerate(shapes, start=1):
-        place = f"[{number}/{len(shapes)}] {title(shape)}"
+        # Those kept from an earlier run cost nothing: the pace is that of the others.
+        rest = measured + len(shapes) - number + 1
+        left = f", {remaining(measured, rest, time.monotonic() - start)} left at most" if measured else ""
+        place = f"[{number}/{len(shapes)}{left}] {title(shape)}"
         known = book.get(shape)
         before = [] if known is None else [row.provider for row in known.rows if _settled(row, folder)]
         if known is not None and set(asked) <= set(before):
@@ -50,6 +56,7 @@ def measure(
             notice(f"{place}: {what}")
 
         found.append(_measured(shape, everyone, folder, book, rounds, device, told))
+        measured += 1
     return found
 
 

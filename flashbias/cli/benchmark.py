@@ -22,6 +22,7 @@ from flashbias.cli import shapes
 from flashbias.cli.guard import FAILED, guarded
 from flashbias.errors import ArgumentError
 from flashbias.kernels.problem import Shape
+from flashbias.settings import current
 
 ROUNDS: Final = 15
 _STOPPED: Final = "stopped; finished shapes are kept with --json, run the same command to go on"
@@ -169,7 +170,8 @@ def _print(lines: Iterable[str]) -> None:
 
 
 def _notice(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if current().log != "quiet":
+        print(line, file=sys.stderr, flush=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

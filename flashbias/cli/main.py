@@ -22,6 +22,7 @@ from flashbias.cli import (
     prune,
     ptx,
     quarantine,
+    report,
     run,
     stored,
     sweeps,
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-dir", type=Path, metavar="DIR", help="folder of the database (default: as for the library)"
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Deferred)
-    for command in (explain, verify, trials, ptx, run, doctor, env):
+    for command in (explain, verify, trials, report, ptx, run, doctor, env):
         command.add_parser(commands, common)
     pin.add_parsers(commands, common)
     cache = commands.add_parser("cache", help="look into the tuning database, or make a shared one")

@@ -17,7 +17,7 @@ from typing import Final
 
 from autotune import DeviceInfo, Mode, Resolution, Settings, SettingsError, resolve, spaces
 from autotune.messages import summary
-from autotune.progress import remaining
+from autotune.progress import heading
 from autotune.soak import INTERPRETER_REPEATS, REPEATS
 from autotune.spec import load
 from cache_db import open_layers
@@ -88,14 +88,15 @@ def warm(
         def tune(each: Problem, last: bool) -> Resolution:
             """Tunes one problem, or finds it tuned; when it is the ``last`` chance also below what others are at."""
             speaker.listen()
-            left = f", {remaining(done, len(problems), time.monotonic() - start)} left" if done else ""
-            speaker.say(f"[{done + 1}/{len(problems)}{left}] {summary(each)}")
+            note = f"{failed} without a winner" if failed else ""
+            speaker.say(f"{heading(done, len(problems), time.monotonic() - start, note)} {summary(each)}")
             for line in _offered(each, device, chosen) if speaker.speaking else ():
                 speaker.say(f"    {line}")
             again = chosen.mode is not Mode.RETUNE or has_winners(each, store, since)  # by another worker
             mode = Mode.TUNE if again else Mode.RETUNE
             before = time.monotonic()
-            found = resolve(each, device, replace(chosen, mode=mode, leave=not last, wait_seconds=0.0))
+            log = chosen.log if speaker.speaking else "quiet"  # bars of several workers would overwrite each other
+            found = resolve(each, device, replace(chosen, mode=mode, leave=not last, wait_seconds=0.0, log=log))
             if repeats and found.won:
                 found = soaked(each, device, chosen, found, repeats, lambda line: speaker.say(f"    {line}"))
             speaker.say(f"    {_told(found, time.monotonic() - before)}")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from autotune.messages import summary
+from autotune.progress import counted, heading
 from cache_db.errors import CacheError
 from cache_db.models import Problem, Verification, Winner
 from flashbias.cli import findings
@@ -86,7 +88,7 @@ def _verify_one(store: Store, options: argparse.Namespace) -> int:
     if reason is not None:
         raise WrongUsage(f"the trial cannot be repeated here: {reason}. Run this where the trial was made")
     drawn = trial.seed if options.seed is None else options.seed
-    _tell(f"proving {trial.kernel} {trial.config} with seed {drawn} on {device.name}")
+    _progress(f"proving {trial.kernel} {trial.config} with seed {drawn} on {device.name}")
     layers = Layers(store.path)
     outcome, judgement = rerun(trial, upstream, device, current(), layers, drawn, options.repeats)
     fault = _keep(store, [judgement])
@@ -106,8 +108,10 @@ def _verify_all(store: Store, options: argparse.Namespace) -> int:
     device = device_of(options.device)
     found: list[Reproof] = []
     fault = False
+    start = time.monotonic()
     for number, (problem, rows) in enumerate(winners.items()):
-        _tell(f"[{number + 1}/{len(winners)}] {summary(problem)}")
+        head = heading(number, len(winners), time.monotonic() - start, counted(map(_verdict, found)))
+        _progress(f"{head} {summary(problem)}")
         proofs = list(_proofs(store, device, problem, rows, options.specs))
         fault |= _keep(store, [proof.verification for proof in proofs if proof.verification is not None])
         found += proofs
@@ -183,6 +187,11 @@ def _data(proof: Reproof) -> dict[str, object]:
         "level": made.level if made else 0,
         "seed": made.seed if made else None,
     }
+
+
+def _progress(text: str) -> None:
+    if current().log != "quiet":
+        _tell(text)
 
 
 def _tell(text: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from autotune import progress
-from autotune.progress import remaining, track
+from autotune.progress import counted, heading, remaining, track
 
 
 class Terminal(io.StringIO):
@@ -28,6 +28,26 @@ class Terminal(io.StringIO):
 def test_time_left_is_extrapolated_from_the_pace(done: int, total: int, elapsed: float, expected: str) -> None:
     """The time left assumes that the rest goes as fast as what is done."""
     assert remaining(done, total, elapsed) == expected
+
+
+@pytest.mark.parametrize(
+    ("done", "note", "expected"),
+    [
+        (0, "", "[1/12]"),
+        (0, "resumed", "[1/12, resumed]"),
+        (2, "", "[3/12, 0:40 left]"),
+        (2, "5 safe", "[3/12, 0:40 left, 5 safe]"),
+    ],
+)
+def test_a_heading_says_which_how_long_and_what_came_out(done: int, note: str, expected: str) -> None:
+    """Before anything is done no time left is made up, and an empty note leaves no trace."""
+    assert heading(done, 12, 8.0, note) == expected
+
+
+def test_counts_come_with_the_commonest_first() -> None:
+    """Verdicts are counted by name; none at all is an empty text."""
+    assert counted(["wrong", "safe", "safe"]) == "2 safe, 1 wrong"
+    assert counted([]) == ""
 
 
 @pytest.mark.parametrize("log", ["quiet", "info", "debug"])
@@ -99,3 +119,16 @@ def test_terminal_gets_a_bar_that_is_wiped_at_the_end(monkeypatch: pytest.Monkey
     assert "1/3" in shown
     assert shown.rstrip().endswith("\x1b[2K")
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+
+
+def test_a_bar_on_stderr_leaves_a_piped_stdout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed while a bar is shown goes where stdout goes, not to the bar's terminal."""
+    pytest.importorskip("rich", reason="the bar needs rich")
+    terminal, pipe = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setenv("TERM", "xterm")
+    for item in track("ab", "proving", 2):
+        print(f"result {item}")  # noqa: T201 - what is tested
+    assert pipe.getvalue() == "result a\nresult b\n"
+    assert "result" not in terminal.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import autotune
-from autotune import AutotuneError, Settings, resolve
+from autotune import AutotuneError, Settings, progress, resolve
 from autotune.device import describe, interpreting
 from autotune.soak import soak
 from cache_db import open_layers
@@ -41,8 +42,12 @@ def forward_trial(folder: Path, problem: Problem) -> Trial:
     return open_layers(folder).trials(problem, "forward")[0]
 
 
-def test_winners_that_pass_have_level_3_once_and_for_all(tmp_path: Path) -> None:
-    """Parts add up to what was asked for and the sweep's times stay; what has passed as many is not run again."""
+def test_winners_that_pass_have_level_3_once_and_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parts add up to what was asked for and are told of, the sweep's times stay; what has passed as many is not run again."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, logger="autotune.progress")
     problem, settings = tuned(tmp_path, "32"), Settings(cache_dir=tmp_path)
     before = forward_trial(tmp_path, problem)
     results = soak(problem, describe(-1), settings, open_layers(tmp_path), 10)
@@ -50,6 +55,8 @@ def test_winners_that_pass_have_level_3_once_and_for_all(tmp_path: Path) -> None
         ("forward", True, 10, False),
         ("backward", True, 10, False),
     ]
+    (told,) = (line for line in caplog.messages if line.startswith("soaking backward: 2 of 4 done, "))
+    assert told.endswith(" left, 5 of 10 repeats agree")
     after = forward_trial(tmp_path, problem)
     assert (after.level, after.figures["repeats"], after.figures["ms"]) == (3, 10, before.figures["ms"])
     autotune.forget()

@@ -19,6 +19,7 @@ from cache_db import open_layers
 from cache_db.models import Config, Verdict, Winner
 from flashbias.cli import findings
 from flashbias.cli.main import main
+from flashbias.settings import settings
 from tests.autotune.softmax_spec import softmax_config
 from tests.scripts.command_cases import GOOD, KEY, PROBLEM, ROOT, WRONG, Run, proofs, python, trial
 
@@ -214,6 +215,14 @@ def test_verify_all_proves_this_devices_winners_and_skips_the_others(run: Run, f
         ("forward", Verdict.SAFE),
         ("backward", Verdict.SAFE),
     ]
+
+
+def test_verify_shows_no_progress_when_asked_to_be_quiet(run: Run) -> None:
+    """With ``FLASHBIAS_LOG=quiet`` results are on stdout and nothing is on stderr."""
+    with settings(log="quiet"):
+        code, output, errors = run("verify", "--all")
+    assert (code, errors) == (0, "")
+    assert output.endswith("2 of 2 winners are safe, 0 are not, 0 were skipped\n")
 
 
 def test_verify_all_fails_when_a_winner_is_unsafe(run: Run, folder: Path) -> None:
