@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from autotune import rendezvous
+from autotune import kinship, rendezvous
 from autotune.job import Job
 from autotune.lease import POLL_SECONDS, hostname
 from autotune.messages import summary
@@ -207,10 +207,11 @@ def bond(scene: Scene, epoch: int) -> Bond | None:
     job = None if settings.alone else settings.job or Job.of_process_group()
     if job is None:
         return None
-    name = f"{job.attempt}.{epoch}/{_variant(settings)}/{scene.problem.hash}"
+    topic, place = f"{job.attempt}.{epoch}/{_variant(settings)}", _place(job, scene.store, settings)
+    kinship.compare(place, topic, scene.problem, job)
     grouped = settings.job is None and settings.group_wait_seconds is not None
     seconds = settings.group_wait_seconds if grouped else settings.wait_seconds
-    return Bond(job, _place(job, scene.store, settings), name, seconds or 0.0)
+    return Bond(job, place, f"{topic}/{scene.problem.hash}", seconds or 0.0)
 
 
 def decide(scene: Scene, held: Bond, alone: Callable[[], Resolution], alike: Callable[[str], Resolution]) -> Resolution:
@@ -280,8 +281,7 @@ def _accepted(scene: Scene, agreed: Agreed) -> tuple[str, dict[str, Choice]]:
 
 
 def _place(job: Job, store: Layers, settings: Settings) -> _Place | None:
-    found = rendezvous.find(job)
-    if found is not None:
+    if (found := rendezvous.find(job)) is not None:
         return found
     shared = settings.db_url is not None or (job.one_host and settings.cache_dir is not None)
     return _Table(store, job) if job.name and shared and settings.mode is not Mode.OFF else None

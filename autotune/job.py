@@ -40,7 +40,7 @@ class Job:
             return None
         local = _number(environment, "LOCAL_WORLD_SIZE", 0)
         nodes = _number(environment, "SLURM_STEP_NUM_NODES", 0)
-        one_host = size <= 1 or local == size or nodes == 1
+        one_host = local == size > 1 or nodes == 1 or (size <= 1 and nodes == 0)
         port = _number(environment, "MASTER_PORT", 0)
         agent = None
         if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environment.get("MASTER_ADDR") and port:
@@ -83,7 +83,8 @@ def _name(environment: Mapping[str, str]) -> str:
 
 
 def _short(name: str) -> str:
-    """Returns ``name``, or as much of it as fits with a hash of the rest."""
+    """Returns ``name``, or as much of it as fits with a hash of the rest; bytes that are no UTF-8 as escapes."""
+    name = name.encode("utf-8", "backslashreplace").decode()
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME - 17]} {hashlib.sha256(name.encode()).hexdigest()[:16]}"

@@ -123,7 +123,8 @@ def is_dead(owner: str, host: str) -> bool:
     machine, _, rest = owner.rpartition("/")
     here, _, _ = address().rpartition("/")
     pid, _, born = rest.partition(":")[0].partition("-")
-    return machine == here and pid.isdecimal() and len(pid) <= PID_DIGITS and _birth(int(pid)) != born
+    known = machine == here and pid.isdecimal() and len(pid) <= PID_DIGITS
+    return known and _birth(int(pid)) != born and not _hidden(int(pid))
 
 
 def address() -> str:
@@ -147,6 +148,17 @@ def _birth(pid: int) -> str:
     except OSError:
         return ""
     return _start_time(stat)
+
+
+def _hidden(pid: int) -> bool:
+    """Returns whether ``pid`` is another user's process that /proc, mounted with hidepid, does not show."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _start_time(stat: str) -> str:

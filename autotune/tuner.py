@@ -50,10 +50,11 @@ def resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolut
     if known is not None:
         return known
     with _process.lock(key):
-        known = _process.decided.get(key)
-        if known is None:
+        known, epoch = _process.decided.get(key), _process.epoch
+        while known is None or epoch != _process.epoch:  # another thread refreshed meanwhile
+            epoch = _process.epoch
             known = _resolve(problem, device, settings)
-            _process.decided[key] = replace(known, swept=False)
+        _process.decided[key] = replace(known, swept=False)
         return known
 
 
@@ -110,12 +111,15 @@ def _resolve(problem: Problem, device: DeviceInfo, settings: Settings) -> Resolu
         if scene.bond is None:
             return _secured(scene, lambda: _decide_with_pins(scene))
         with scene.bond:
-            return agreement.decide(
+            found = agreement.decide(
                 scene,
                 scene.bond,
                 lambda: _secured(scene, lambda: _decide_with_pins(scene)),
                 lambda reason: _secured(scene, lambda: _decide_alike(scene, reason)),
             )
+        if settings.mode is Mode.ASSERT and not found.won:
+            raise CacheMiss(miss(problem, scene.store, found.reason))
+        return found
 
 
 def _secured(scene: Scene, decide: Callable[[], Resolution]) -> Resolution:

@@ -23,11 +23,15 @@ LONGEST_JOB = 90 * 86_400.0
 logger = logging.getLogger(__name__)
 
 
-def agree(connection: Connection, insert: Insert, wanted: Agreement) -> Agreement | None:
-    """Stores ``wanted`` unless its job has agreed on the problem before; returns what is stored, None if it is unreadable."""
-    connection.execute(delete(jobs).where(jobs.c.created_at < wanted.created_at - LONGEST_JOB))
+def agree(connection: Connection, insert: Insert, wanted: Agreement, now: float) -> Agreement | None:
+    """Stores ``wanted`` unless its job has agreed on the problem before; returns what is stored, None if it is unreadable.
+
+    ``now`` is the database's time, and becomes the row's: a host whose clock is wrong must not outdate the others' rows.
+    """
+    connection.execute(delete(jobs).where(jobs.c.created_at < now - LONGEST_JOB))
     names = [column.name for column in jobs.primary_key]
-    connection.execute(insert(jobs).values(wanted.model_dump()).on_conflict_do_nothing(index_elements=names))
+    values = wanted.model_dump() | {"created_at": now}
+    connection.execute(insert(jobs).values(values).on_conflict_do_nothing(index_elements=names))
     return agreed(connection, wanted.job_id, wanted.problem_hash)
 
 

@@ -87,9 +87,9 @@ def read(stream: BinaryIO) -> Iterator[Shared | Refusal]:
     while text := stream.readline(LONGEST + 1):
         number += 1
         if len(text) > LONGEST:
+            _first(number, None)  # before the rest is passed over: /dev/zero has no end
             while text and not text.endswith(b"\n"):
                 text = stream.readline(LONGEST)
-            _first(number, None)
             yield Refusal(f"line {number}", f"longer than {LONGEST} bytes")
         elif number == 1:
             _first(number, text)

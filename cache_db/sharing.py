@@ -31,6 +31,21 @@ def make_folder(path: Path) -> None:
         share(each)
 
 
+def is_written(path: Path) -> bool:
+    """Returns whether a journal says that the database ``path`` is being written, or was when all ended. Raises OSError."""
+    return any(Path(f"{path}{suffix}").exists() for suffix in ("-journal", "-wal"))
+
+
+def unsealed(path: Path) -> str:
+    """Returns what keeps the database ``path`` from being read as one that nobody writes, "" for nothing."""
+    try:
+        if is_written(path):
+            return "is being written, or was left so by a crash: open it once with flashbias to mend it"
+        return "" if path.is_file() else "is not there, or is no file"  # to open a pipe would wait for ever
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
 def make_file(path: Path) -> None:
     """Makes an empty file, which to SQLite is an empty database, unless there is one; what fails is left to SQLite to say."""
     with contextlib.suppress(OSError):

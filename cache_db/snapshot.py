@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from cache_db import rows, schema, statements
+from cache_db import rows, schema, sharing, statements
 from cache_db.batch import Batch, Shared
 from cache_db.errors import Damaged, PackRefused, RowRefused, Unavailable
 from cache_db.packs import KINDS, LONGEST, VERSION, Refusal
@@ -20,6 +20,7 @@ from cache_db.store import Store
 
 MAGIC: Final = b"SQLite format 3\0"
 _TOGETHER: Final = 200
+_HIDDEN: Final = 6  # of table_xinfo: 0 for a column that is stored (https://sqlite.org/pragma.html#pragma_table_xinfo)
 
 
 def fill(store: Store, found: Iterable[Shared]) -> None:
@@ -49,7 +50,7 @@ def read(path: Path) -> Iterator[Shared | Refusal]:
     Raises Unavailable for a file that is being written, Damaged for one that is no database, PackRefused for one
     without our tables or with those of a newer version.
     """
-    if any(Path(f"{path}{suffix}").exists() for suffix in ("-journal", "-wal")):
+    if sharing.is_written(path):
         raise Unavailable(f"{path} is being written, or was left so by a crash: export it with flashbias instead")
     address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
     try:
@@ -66,10 +67,17 @@ def read(path: Path) -> Iterator[Shared | Refusal]:
 
 
 def _tables(connection: sqlite3.Connection, path: Path) -> set[str]:
-    """Returns the names of the file's tables, views not among them."""
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    """Returns the names of the file's tables: no views, no virtual tables, whose modules would run.
+
+    Raises PackRefused, also where a column of ours is computed: that may take for ever.
+    """
+    query = "SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'"
+    tables = {name for (name,) in connection.execute(query)}
     if schema.meta.name not in tables:
         raise PackRefused(f"{path} is not a tuning database")
+    for name in tables & schema.metadata_.tables.keys():
+        if any(column[_HIDDEN] for column in connection.execute(f"PRAGMA table_xinfo({name})")):
+            raise PackRefused(f"{path} computes columns of {name}, which is not done for a stranger")
     version = connection.execute(f"SELECT schema_version FROM {schema.meta.name}").fetchone()  # noqa: S608 - our own name
     if version != (VERSION,):
         told = str(version and version[0])[:20]
@@ -88,11 +96,11 @@ def _rows(connection: sqlite3.Connection, kind: str, model: type[Shared]) -> Ite
     while True:
         try:
             for number, *values in connection.execute(f"{query} > ? ORDER BY rowid", (last,)):
-                last = number
+                last = _later(number, last)
                 yield _decoded(kind, number, model, dict(zip(columns, values, strict=True)))
         except sqlite3.DatabaseError:
             # The driver reads one row ahead: it may be the next that is good, and the one behind it that is not.
-            each = _next(connection, table.name, last)
+            each = _later(_next(connection, table.name, last), last)
             try:
                 number, *values = connection.execute(f"{query} = ?", (each,)).fetchone() or (None,)
             except sqlite3.DatabaseError as error:
@@ -103,6 +111,13 @@ def _rows(connection: sqlite3.Connection, kind: str, model: type[Shared]) -> Ite
             last = each
         else:
             return
+
+
+def _later(number: int, last: int) -> int:
+    """Returns ``number``. Raises sqlite3.DatabaseError unless it is above ``last``: pages that form a ring have no end."""
+    if number <= last:
+        raise sqlite3.DatabaseError(f"row {number} stands behind row {last}")
+    return number
 
 
 def _next(connection: sqlite3.Connection, table: str, last: int) -> int:

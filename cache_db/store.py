@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from sqlalchemy import Connection, func, select, union
 
-from cache_db import engines, jobs, leases, outbox, removal, rows, rules, schema, statements
+from cache_db import engines, jobs, leases, outbox, removal, rows, rules, schema, sharing, statements
 from cache_db.address import Address
 from cache_db.batch import Batch, Debt, Shared
 from cache_db.database import Database
@@ -42,10 +42,9 @@ class Store(Database):
 
         Raises Unavailable, also while a journal beside it says that it is being written, Damaged or UnknownSchema.
         """
-        if any(Path(f"{path}{suffix}").exists() for suffix in ("-journal", "-wal")):
-            raise Unavailable(
-                f"{path} is being written, or was left so by a crash: open it once with flashbias to mend it"
-            )
+        fault = sharing.unsealed(path)
+        if fault:
+            raise Unavailable(f"{path} {fault}")
         return cls(engines.Sealed(path)).ensured()
 
     @classmethod
@@ -274,7 +273,7 @@ class Store(Database):
     def agree(self, wanted: Agreement) -> Agreement | None:
         """Stores what a job runs for a problem unless it has agreed before; returns what is stored, None if unreadable."""
         with self._writing() as connection:
-            return jobs.agree(connection, self._insert, wanted)
+            return jobs.agree(connection, self._insert, wanted, self._place.now(connection))
 
     def agreed(self, job_id: str, problem_hash: str) -> Agreement | None:
         """Returns what a job has agreed on for a problem."""

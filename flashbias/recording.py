@@ -27,9 +27,10 @@ def record(path: Path, shape: Shape, band: Band) -> None:
         return
     try:
         _add(path, table(shape, band))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # it may be no text
         _failed.add(path)
-        logger.warning("FLASHBIAS_RECORD: %s cannot be written: %s; no more shapes are noted", path, error.strerror)
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("FLASHBIAS_RECORD: %s cannot be written: %s; no more shapes are noted", path, reason)
 
 
 def table(shape: Shape, band: Band) -> str:

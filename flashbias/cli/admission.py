@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autotune.device import DeviceInfo
     from autotune.spec import KernelSpec
 
-AHEAD_SECONDS: Final = 86_400.0
+AHEAD_SECONDS: Final = 600.0
 """How far ahead of ours another host's clock may be: a row from the far future would outlast all that comes after it."""
 
 

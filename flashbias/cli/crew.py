@@ -45,10 +45,10 @@ class Place:
         torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
         for names in (torchrun, srun):
-            # "4(x2)" is what Slurm says for two nodes with four tasks each.
-            texts = [environment.get(name, "").partition("(")[0].partition(",")[0] for name in names]
-            if all(text.isdecimal() for text in texts):
-                rank, size, local_rank, local_size = map(int, texts)
+            # "2,4(x2)" is what Slurm says for a node with two tasks and two with four: a share is that of the fullest.
+            texts = [[each.partition("(")[0] for each in environment.get(name, "").split(",")] for name in names]
+            if all(each.isdecimal() for text in texts for each in text):
+                rank, size, local_rank, local_size = (max(map(int, text)) for text in texts)
                 if rank < size and local_rank < local_size:
                     return cls(rank, size, local_rank, local_size)
         return cls()

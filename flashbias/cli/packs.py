@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from autotune.place import INTERPRETER
 from cache_db.batch import Batch, Shared
+from cache_db.layers import FILE_NAME
 from cache_db.models import Verdict
 from cache_db.packs import Refusal
 from flashbias.cli import owed
@@ -23,6 +24,7 @@ from flashbias.cli.admission import Admission
 from flashbias.cli.database import WrongUsage, add_spec, open_store, short
 from flashbias.cli.destination import destination, file_destination
 from flashbias.cli.text import tell
+from flashbias.settings import current
 
 if TYPE_CHECKING:
     from cache_db.intake import Taken
@@ -62,13 +64,13 @@ def add_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     leaving.add_argument("--winners", action="store_true", help="leave out trials that passed and did not win")
     leaving.set_defaults(run=leave)
     entering = commands.add_parser("import", parents=[common], help="take packs into the database, to be proven here")
-    entering.add_argument("packs", nargs="+", type=Path, metavar="PACK", help="text or database; - is stdin")
+    entering.add_argument("packs", nargs="+", type=Path, metavar="PACK", help="text or database; - is text on stdin")
     entering.add_argument("--dry-run", action="store_true", help="say what would be refused, and store nothing")
     entering.add_argument("--json", action="store_true", help="print JSON")
     add_spec(entering)
     entering.set_defaults(run=enter)
     merging = commands.add_parser("merge", parents=[target], help="make one pack of several, in whatever order")
-    merging.add_argument("packs", nargs="+", type=Path, metavar="PACK", help="text or database; - is stdin")
+    merging.add_argument("packs", nargs="+", type=Path, metavar="PACK", help="text or database; - is text on stdin")
     merging.set_defaults(run=merge)
 
 
@@ -112,11 +114,12 @@ def merge(options: argparse.Namespace) -> int:
     from cache_db.store import Store
 
     reports = [Report(str(path)) for path in options.packs]
-    with tempfile.TemporaryDirectory(prefix="flashbias-") as folder:
-        store = Store.open(Path(folder) / "merged.db")
+    with tempfile.TemporaryDirectory(prefix="flashbias-") as scratch:
+        store = Store.open(Path(scratch) / "merged.db")
         for path, report in zip(options.packs, reports, strict=True):
             fill(store, _admitted(path, report, None))
-        count = _write(options, store.by_problem(), None, filled=store)
+        folder = current().cache_dir  # of all files the one that is hardest to make again
+        count = _write(options, store.by_problem(), folder and folder / FILE_NAME, filled=store)
     for report in reports:
         for refusal in report.first[:LISTED]:
             _complain(f"{report.source}: {refusal.where} refused: {refusal.reason}")

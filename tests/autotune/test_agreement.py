@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 import autotune
-from autotune import CacheMiss, Mode, Settings, rendezvous, resolve, tuner
+from autotune import CacheMiss, DeviceInfo, Mode, Settings, kinship, rendezvous, resolve, tuner
 from autotune.agreement import Agreed, _variant
 from autotune.device import describe
 from autotune.job import LONGEST_NAME, Job
-from autotune.lease import LEASE_SECONDS
+from autotune.lease import LEASE_SECONDS, hostname
 from autotune.proofs import Rung
 from autotune.rendezvous import PREFIX, Rendezvous, Turn, Unreachable
 from cache_db import open_layers
 from cache_db.address import Address
-from cache_db.models import Config, Environment, Verdict
+from cache_db.models import Config, Environment, Problem, Verdict
 from tests.autotune.planted_spec import planted_problem
 from tests.autotune.softmax_spec import softmax_config
 from tests.autotune.test_jobs import filled
@@ -148,6 +149,57 @@ def test_agreement_that_cannot_be_read_counts_as_none_that_can_be_made(
     assert "what the job has agreed on cannot be read" in caplog.text
     with pytest.raises(CacheMiss, match="the job cannot agree"):
         resolve(PROBLEM, DEVICE, settings(tmp_path, store, Mode.ASSERT))
+
+
+@pytest.mark.parametrize("rung", ["default", None])
+def test_what_is_no_winner_is_a_miss_in_mode_assert(tmp_path: Path, store: TCPStore, rung: Rung | None) -> None:
+    """A rank that asserts does not run a rung of the ladder, or PyTorch, because another rank had nothing better."""
+    chosen = settings(tmp_path, store, Mode.ASSERT)
+    say(
+        store,
+        chosen,
+        [256, 256] if rung else [],
+        kernels=("forward", "backward") if rung else (),
+        rung=rung or "winner",
+    )
+    with pytest.raises(CacheMiss, match="rank 0 said so"):
+        resolve(PROBLEM, DEVICE, chosen)
+
+
+def test_ranks_with_other_kernels_are_told(tmp_path: Path, store: TCPStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Another Triton makes other problems, on which nobody agrees: one error names both ranks, whatever the problem."""
+    filled(tmp_path, PROBLEM, 32)
+    resolve(PROBLEM, DEVICE, settings(tmp_path, store))
+    assert "launch different kernels" not in caplog.text
+    place = Rendezvous(lambda: PrefixStore(PREFIX, store), "the Store", store)
+    other = Job(size=2, rank=7)
+    for columns in (3, 5):
+        problem = planted_problem(columns=columns).model_copy(update={"triton_version": "9.9"})
+        kinship.compare(place, f"0.0/{_variant(settings(tmp_path, store))}", problem, other)
+    (message,) = [each for each in caplog.messages if "launch different kernels" in each]
+    assert message.startswith("rank 7")
+    assert "Triton 9.9" in message
+    assert f"rank 1 on {hostname()} has Triton {PROBLEM.triton_version}" in message
+
+
+def test_refresh_counts_for_what_is_being_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that was deciding while another refreshed decides again, and does not bring back what was forgotten."""
+    filled(tmp_path, PROBLEM, 32)
+    decide = tuner._resolve
+    epochs: list[int] = []
+
+    def deciding(problem: Problem, device: DeviceInfo, chosen: Settings) -> autotune.Resolution:
+        found = decide(problem, device, chosen)
+        epochs.append(tuner._process.epoch)
+        if len(epochs) == 1:
+            filled(tmp_path, PROBLEM, 64)
+            autotune.refresh()
+        return found
+
+    monkeypatch.setattr(tuner, "_resolve", deciding)
+    for _ in range(2):
+        assert configs(resolve(PROBLEM, DEVICE, Settings(cache_dir=tmp_path)))["forward"] == softmax_config(64)
+    assert epochs == [0, 1]
 
 
 def test_first_rank_publishes_what_it_runs(tmp_path: Path, store: TCPStore) -> None:
@@ -305,3 +357,18 @@ def test_long_names_stay_apart_and_fit_the_table() -> None:
     names = [job.name for job in (Job.of({}, "x" * 300 + end) for end in "ab") if job]
     assert len(set(names)) == 2
     assert max(map(len, names)) <= LONGEST_NAME
+
+
+def test_named_job_on_several_nodes_shares_no_file() -> None:
+    """Where Slurm tells of another node, a name of the user's own is no sign of one host."""
+    found = [Job.of({"SLURM_STEP_NUM_NODES": nodes} if nodes else {}, "mine") for nodes in ("", "1", "2")]
+    assert [each.one_host for each in found if each] == [True, True, False]
+
+
+def test_name_of_a_job_may_be_any_bytes(tmp_path: Path) -> None:
+    """What the environment holds beyond UTF-8 makes a name that a database can store, and that no other bytes make."""
+    names = [os.fsdecode(text) for text in (b"a\xff", b"a\xfe", b"\xff" * 300)]
+    found = [job for job in (Job.of({}, name) for name in names) if job]
+    assert len({job.name.encode() for job in found}) == 3
+    filled(tmp_path, PROBLEM, 32)
+    assert resolve(PROBLEM, DEVICE, Settings(cache_dir=tmp_path, job=found[0])).won

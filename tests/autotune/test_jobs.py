@@ -236,7 +236,7 @@ def test_one_table_serves_one_job_after_another(start: Start, tmp_path: Path) ->
     assert blocks("7", 32) == [32, 32]
     assert blocks("7", 64) == [32, 32]
     assert blocks("8", 64) == [64, 64]
-    assert open_layers(tmp_path / "shared").counts()["jobs"] == 2
+    assert open_layers(tmp_path / "shared").counts()["jobs"] == 4  # of each job what it runs, and which kernels it has
 
 
 def test_ranks_with_nowhere_to_agree_are_told_and_run_the_default(start: Start, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import autotune
 from autotune import Settings, resolve
 from autotune.device import describe
-from autotune.lease import _start_time, address, claim, hostname
+from autotune.lease import _start_time, address, claim, hostname, is_dead
 from autotune.proofs import Prover
 from autotune.sandbox import Sandbox
 from autotune.scene import Scene
@@ -35,6 +36,20 @@ def test_owner_with_an_endless_process_number_is_respected(tmp_path: Path) -> No
     owner = address().rpartition("/")[0] + "/" + "9" * 5000 + "-1:x"
     database.claim(planted_problem().hash, owner, hostname(), 60)
     assert claim(database, planted_problem(), 0) is None
+
+
+def test_process_that_another_user_hides_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /proc does not show other users' processes, one that may not be signalled is alive; one of ours is dead."""
+    machine, number = address().rpartition("/")[0], 4_194_304  # above every process number that Linux gives
+    owner = f"{machine}/{number}-1:x"
+    assert is_dead(owner, hostname())
+
+    def refused(pid: int, sign: int) -> None:
+        raise PermissionError(pid, sign)
+
+    monkeypatch.setattr(os, "kill", refused)
+    assert not is_dead(owner, hostname())
+    assert is_dead(f"{machine}/{os.getpid()}-1:x", hostname())
 
 
 @pytest.mark.parametrize("stat", ["", "7 (python", "7 (a) b) Z 1 2", "7 (python) S 1 2", "no brackets"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +20,14 @@ Opened = Callable[[], Store]
 
 
 def agreement(configs: str = "{}", job_id: str = "run 7#0/all", key: str = "p", at: float = 1000.0) -> Agreement:
-    """Returns what one rank proposes."""
+    """Returns what one rank proposes, at a time by its own clock."""
     return Agreement(job_id=job_id, problem_hash=key * 64, configs=configs, host="node-1", created_at=at)
+
+
+def said(found: Agreement | None) -> str:
+    """Returns what stands in a row."""
+    assert found is not None
+    return found.configs
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -39,11 +46,11 @@ class TestAgreement:
         """A later proposal changes nothing and its author is told; other problems and jobs are others."""
         first, second = opened(), opened()
         assert first.agreed("run 7#0/all", "p" * 64) is None
-        assert first.agree(agreement("one")) == agreement("one")
-        assert second.agree(agreement("two", at=2000.0)) == agreement("one")
-        assert second.agreed("run 7#0/all", "p" * 64) == agreement("one")
+        assert said(first.agree(agreement("one"))) == "one"
+        assert said(second.agree(agreement("two", at=2000.0))) == "one"
+        assert said(second.agreed("run 7#0/all", "p" * 64)) == "one"
         for other in (agreement("two", key="q"), agreement("two", job_id="run 7#1/all")):
-            assert second.agree(other) == other
+            assert said(second.agree(other)) == "two"
         assert first.counts()["jobs"] == 3
 
     def test_one_of_many_at_once(self, opened: Opened) -> None:
@@ -56,12 +63,22 @@ class TestAgreement:
 
     def test_jobs_that_are_long_over_are_deleted(self, opened: Opened) -> None:
         """A new agreement sweeps out those that no job can still be using, and no others."""
-        store, now = opened(), 2e9
-        store.agree(agreement("old", job_id="old", at=now - LONGEST_JOB - 1))
-        store.agree(agreement("young", job_id="young", at=now - LONGEST_JOB + 1))
-        store.agree(agreement("new", job_id="new", at=now))
+        store = opened()
+        for name, age in (("old", LONGEST_JOB + 60), ("young", LONGEST_JOB - 60)):
+            store.agree(agreement(name, job_id=name))
+            with store._writing() as connection:
+                aged = text("UPDATE flashbias_jobs SET created_at = created_at - :age WHERE job_id = :name")
+                connection.execute(aged, {"age": age, "name": name})
+        store.agree(agreement("new", job_id="new"))
         assert store.agreed("old", "p" * 64) is None
         assert store.counts()["jobs"] == 2
+
+    def test_no_clock_but_the_database_says_what_is_over(self, opened: Opened) -> None:
+        """A host years ahead deletes nobody's agreement, and one that has lost its clock has its own not deleted."""
+        store = opened()
+        store.agree(agreement("one", at=0.0))
+        store.agree(agreement("other", job_id="other", at=time.time() + 10 * LONGEST_JOB))
+        assert said(store.agree(agreement("two", at=time.time()))) == "one"
 
     def test_a_row_that_cannot_be_read_is_no_agreement(self, opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
         """It stays, since other ranks may go by it, and the reader is told."""
@@ -78,9 +95,9 @@ def test_layers_agree_in_the_file_they_share(tmp_path: Path) -> None:
     """Without a server the file is the place; what was never agreed on there is known to be nothing."""
     first, second = open_layers(tmp_path), open_layers(tmp_path)
     assert first.agreed("run 7#0/all", "p" * 64) == (None,)
-    assert first.agree(agreement("one")) == agreement("one")
-    assert second.agree(agreement("two")) == agreement("one")
-    assert second.agreed("run 7#0/all", "p" * 64) == (agreement("one"),)
+    assert said(first.agree(agreement("one"))) == "one"
+    assert said(second.agree(agreement("two"))) == "one"
+    assert second.agreed("run 7#0/all", "p" * 64) == (first.agree(agreement("one")),)
 
 
 def test_memory_is_no_place_to_agree() -> None:
@@ -93,9 +110,9 @@ def test_memory_is_no_place_to_agree() -> None:
 def test_server_decides_and_never_the_file_in_its_place(tmp_path: Path, database: Address) -> None:
     """With a server named the users' own files are not asked: another rank's may be another."""
     first, second = (open_layers(tmp_path / name, database, 30.0) for name in "ab")
-    assert first.agree(agreement("one")) == agreement("one")
-    assert second.agree(agreement("two")) == agreement("one")
-    assert second.agreed("run 7#0/all", "p" * 64) == (agreement("one"),)
+    assert said(first.agree(agreement("one"))) == "one"
+    assert said(second.agree(agreement("two"))) == "one"
+    assert second.agreed("run 7#0/all", "p" * 64) == (first.agree(agreement("one")),)
     assert open_layers(tmp_path / "a").agreed("run 7#0/all", "p" * 64) == (None,)
 
 

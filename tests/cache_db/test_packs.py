@@ -322,6 +322,55 @@ def test_a_hostile_database_is_read_row_by_row_and_runs_nothing(tmp_path: Path) 
     assert [type(each).__name__ for each in found if each not in refused] == ["Winner", "Trial"]
 
 
+@pytest.mark.parametrize("virtual", [False, True])
+def test_a_database_that_would_compute_is_not_let(tmp_path: Path, *, virtual: bool) -> None:
+    """A computed column, which may take hours, is refused; a virtual table, whose module would run, is not seen."""
+    path = examples.filled(tmp_path / "pack.sqlite", rows=3).path
+    with sqlite3.connect(path) as connection:
+        names = [column[1] for column in connection.execute("PRAGMA table_info(flashbias_trials)")]
+        connection.execute("DROP TABLE flashbias_trials")
+        if virtual:
+            connection.execute(f"CREATE VIRTUAL TABLE flashbias_trials USING fts5({', '.join(names)})")
+        else:
+            computed = [f"{name} AS (hex(zeroblob(9)))" if name == "reason" else name for name in names]
+            connection.execute(f"CREATE TABLE flashbias_trials({', '.join(computed)})")
+    connection.close()
+    if virtual:
+        assert not [each for each in snapshot.read(path) if isinstance(each, Trial)]
+        return
+    with pytest.raises(PackRefused, match="computes columns of flashbias_trials"):
+        list(snapshot.read(path))
+
+
+def test_pages_that_form_a_ring_end(tmp_path: Path) -> None:
+    """Where every branch of a table leads to the same page, each of its rows is read once at most."""
+    store = examples.filled(tmp_path / "pack.sqlite", rows=300)
+    with sqlite3.connect(store.path) as connection:
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'flashbias_trials'").fetchone()
+    connection.close()
+    data = bytearray(store.path.read_bytes())
+    start = (root - 1) * size
+    assert data[start] == 5, "a page with branches"
+    count = int.from_bytes(data[start + 3 : start + 5], "big")
+    cells = [int.from_bytes(data[start + at : start + at + 2], "big") for at in range(12, 12 + 2 * count, 2)]
+    first = bytes(data[start + cells[0] : start + cells[0] + 4])
+    for cell in cells:
+        data[start + cell : start + cell + 4] = first
+    data[start + 8 : start + 12] = first
+    store.path.write_bytes(data)
+    found: list[Shared | packs.Refusal] = []
+    with pytest.raises(Damaged):
+        found.extend(snapshot.read(store.path))
+    assert len(found) < 300
+
+
+def test_a_stream_without_lines_is_given_up() -> None:
+    """What has no end of its own, as /dev/zero, is no pack after its first mebibyte."""
+    with Path("/dev/zero").open("rb") as stream, pytest.raises(PackRefused, match="no pack"):
+        list(packs.read(stream))
+
+
 def test_a_database_that_is_none_or_in_use_is_refused(tmp_path: Path) -> None:
     """Garbage, another program's database, a newer schema, and one in the middle of a write."""
     path = tmp_path / "pack.sqlite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,14 @@ def test_seed_is_never_written_nor_locked(seed: Path, tmp_path: Path) -> None:
     seed.parent.chmod(0o755)
 
 
-@pytest.mark.parametrize("fault", ["missing", "garbage", "empty", "unfinished"])
+@pytest.mark.parametrize("fault", ["missing", "garbage", "empty", "unfinished", "pipe", "folder"])
 def test_bad_seed_is_one_warning(seed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str) -> None:
     """A file that is none, or no database, or in the middle of a write, is not used and stays where it is."""
     if fault == "missing":
         seed.unlink()
+    elif fault in ("pipe", "folder"):
+        seed.unlink()
+        os.mkfifo(seed) if fault == "pipe" else seed.mkdir()
     elif fault == "unfinished":
         Path(f"{seed}-journal").touch()
     else:
@@ -74,3 +78,21 @@ def test_bad_seed_is_one_warning(seed: Path, tmp_path: Path, caplog: pytest.LogC
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert str(seed) in warning.getMessage()
     assert seed.exists() == (fault != "missing")
+
+
+@pytest.mark.parametrize("name", ["locked/seed.db", "n" * 300])
+def test_seed_that_may_not_be_looked_at_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A folder that is closed to this user, or a name that no file can have, ends no call."""
+    if name.startswith("locked"):
+
+        def refused(path: Path, **_: object) -> os.stat_result:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "stat", refused)  # tests may run as root, whom no folder is closed to
+    layers = open_layers(None, seeds=[tmp_path / name])
+    for _ in range(2):
+        assert layers.winners(examples.problem()) == {}
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "cannot be read" in warning.getMessage()

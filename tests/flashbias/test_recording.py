@@ -115,3 +115,14 @@ def test_file_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: pyte
             record(tmp_path / "file" / "shapes.toml", Shape(**PLAIN, seqlen_q=rows, seqlen_k=9), Band(None, None))
     (message,) = caplog.messages
     assert "cannot be written" in message
+
+
+def test_file_that_is_no_text_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is left as it is, and no call ends for it."""
+    path = tmp_path / "shapes.toml"
+    path.write_bytes(b"\xff\xfe")
+    with caplog.at_level(logging.WARNING):
+        for rows in (5, 6):
+            record(path, Shape(**PLAIN, seqlen_q=rows, seqlen_k=9), Band(None, None))
+    assert len(caplog.messages) == 1
+    assert path.read_bytes() == b"\xff\xfe"

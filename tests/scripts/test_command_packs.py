@@ -337,3 +337,17 @@ def test_seeds_of_the_settings_serve_calls(folder: Path, tmp_path: Path) -> None
     assert inside.seeds == (seed, Path.cwd() / "relative.db")
     with settings(seeds=str(seed)) as one:
         assert one.seeds == (seed,)
+
+
+def test_merge_does_not_write_over_the_database(
+    tmp_path: Path, pack: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--output`` with the database that jobs use is a slip, and would cost all that was ever tuned."""
+    store = Store.open(tmp_path / "mine" / "flashbias.db")
+    store.add_trial(row(FAST))
+    before = store.path.read_bytes()
+    with settings(cache_dir=tmp_path / "mine"):
+        for form in ("jsonl", "sqlite"):
+            assert main(["cache", "merge", str(pack), "--format", form, "--output", str(store.path)]) == 2
+    assert store.path.read_bytes() == before
+    assert "which is the database" in capsys.readouterr().err

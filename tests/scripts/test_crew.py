@@ -117,6 +117,15 @@ def test_problem_that_is_given_back_is_taken_up(tmp_path: Path) -> None:
             },
             Place(5, 8, 1, 4),
         ),
+        (
+            {
+                "SLURM_PROCID": "5",
+                "SLURM_STEP_NUM_TASKS": "6",
+                "SLURM_LOCALID": "3",
+                "SLURM_STEP_TASKS_PER_NODE": "2,4",
+            },
+            Place(5, 6, 3, 4),
+        ),
         ({"RANK": "8", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, Place()),
         ({"RANK": "0", "WORLD_SIZE": "8"}, Place()),
     ],
