@@ -46,6 +46,15 @@ def unsealed(path: Path) -> str:
         return f"cannot be read: {error.strerror}"
 
 
+def no_file(path: Path) -> str:
+    """Returns why nothing at ``path`` can be or become a database, "" for nothing: to open a pipe would wait for ever."""
+    try:
+        special = path.exists() and not path.is_file()
+    except OSError:  # SQLite says it better
+        return ""
+    return "is no file: move it away" if special else ""
+
+
 def make_file(path: Path) -> None:
     """Makes an empty file, which to SQLite is an empty database, unless there is one; what fails is left to SQLite to say."""
     with contextlib.suppress(OSError):

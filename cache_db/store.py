@@ -34,6 +34,9 @@ class Store(Database):
 
         Raises Unavailable, Damaged or UnknownSchema.
         """
+        fault = sharing.no_file(path)
+        if fault:
+            raise Unavailable(f"{path} {fault}")
         return cls(engines.File(path)).ensured()
 
     @classmethod

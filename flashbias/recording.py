@@ -61,4 +61,15 @@ def _add(path: Path, text: str) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
         known = file.read().split("\n\n")
         if text.strip() not in (each.strip() for each in known):
-            file.write(f"{text}\n")
+            _append(descriptor, f"{text}\n".encode())
+
+
+def _append(descriptor: int, data: bytes) -> None:
+    """Writes ``data`` at the file's end, or nothing of it: half a table would make the file unreadable. Raises OSError."""
+    end = os.fstat(descriptor).st_size
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError:
+        os.ftruncate(descriptor, end)
+        raise

@@ -97,6 +97,15 @@ def test_empty_file_is_an_empty_database(cache: Path, caplog: pytest.LogCaptureF
     assert caplog.records == []
 
 
+def test_pipe_in_the_files_place_is_refused_and_waits_for_nobody(tmp_path: Path) -> None:
+    """To open a pipe waits for a writer: it is not opened, and stays."""
+    path = tmp_path / "flashbias.db"
+    os.mkfifo(path)
+    with pytest.raises(Unavailable, match="is no file: move it away"):
+        Store.open(path)
+    assert path.is_fifo()
+
+
 def test_symlink_stays_and_its_target_is_moved(cache: Path, tmp_path: Path) -> None:
     """A linked database is replaced where it lies; the link keeps working."""
     target = tmp_path / "elsewhere.db"

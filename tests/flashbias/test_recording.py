@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import resource
 import threading
 from pathlib import Path
 from typing import Literal
@@ -126,3 +127,19 @@ def test_file_that_is_no_text_is_one_warning(tmp_path: Path, caplog: pytest.LogC
             record(path, Shape(**PLAIN, seqlen_q=rows, seqlen_k=9), Band(None, None))
     assert len(caplog.messages) == 1
     assert path.read_bytes() == b"\xff\xfe"
+
+
+def test_a_full_disk_leaves_no_half_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What no longer fits is not written at all, with one warning; what stands there is still a shapes file."""
+    path = tmp_path / "shapes.toml"
+    everything = Band(None, None)
+    record(path, Shape(**PLAIN, seqlen_q=64, seqlen_k=64), everything)
+    before = path.read_text(encoding="utf-8")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        record(path, Shape(**PLAIN, seqlen_q=128, seqlen_k=128), everything)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text(encoding="utf-8") == before
+    assert "cannot be written" in caplog.text
