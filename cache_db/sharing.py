@@ -49,8 +49,8 @@ def unsealed(path: Path) -> str:
 def no_file(path: Path) -> str:
     """Returns why nothing at ``path`` can be or become a database, "" for nothing: to open a pipe would wait for ever."""
     try:
-        special = path.exists() and not path.is_file()
-    except OSError:  # SQLite says it better
+        special = path.exists() and not (path.is_file() or path.is_dir())
+    except OSError:  # SQLite says it better, and so of a folder
         return ""
     return "is no file: move it away" if special else ""
 
