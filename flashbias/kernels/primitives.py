@@ -21,7 +21,7 @@ MASK_ADDITIVE = tl.constexpr(2)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "default"):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """Returns a @ b + acc in fp32, fp32 operands multiplied as ``PRECISION`` says ("default" for 16-bit ones).
 
     The interpreter multiplies bf16 bit patterns as integers (Triton 3.6 and 3.9), so operands are widened
@@ -188,7 +188,7 @@ def load_row_values(base, start, rows, OTHER: tl.constexpr, BLOCK_ROWS: tl.const
 
 
 @triton.jit
-def scores(a, b, a_factor, b_factor, scale, RANK: tl.constexpr, PRECISION: tl.constexpr = "default"):
+def scores(a, b, a_factor, b_factor, scale, RANK: tl.constexpr, PRECISION: tl.constexpr):
     """Returns a bᵀ · scale + a_factor b_factorᵀ in fp32, in nats.
 
     The rank step comes after the head-dim step: with exact factors it is then right to 1.2 fp32 ulp of the

@@ -33,7 +33,7 @@ def write_scores(
     k_factor = load_tile(
         k_factor_ptr, start_k, factor_columns, columns, factor_columns, BLOCK, WIDTH, False, False, True
     )
-    s = scores(zero, zero, q_factor, k_factor, 1.0, WIDTH)
+    s = scores(zero, zero, q_factor, k_factor, 1.0, WIDTH, "default")
     row = start_q + tl.arange(0, BLOCK)
     column = start_k + tl.arange(0, BLOCK)
     pointers = scores_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]

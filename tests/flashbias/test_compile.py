@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from autotune.device import DeviceInfo
 from cache_db.models import Config, Environment
@@ -16,6 +19,7 @@ from flashbias.kernels import space
 from flashbias.kernels.arguments import compile_kernel
 from flashbias.kernels.binding import machine_code
 from flashbias.kernels.problem import GRADIENTS, Shape, problem
+from tests.flashbias.score_kernel import TILE, write_scores
 
 pytestmark = pytest.mark.compile_only
 
@@ -68,6 +72,15 @@ def test_every_kind_of_problem_compiles(kernel: str, changes: dict[str, object])
     """
     found = problem(SHAPE.model_copy(update=changes), HOPPER)
     assert compile_kernel(kernel, space.default(kernel, found, HOPPER), found, HOPPER).binary
+
+
+def test_the_kernel_that_only_writes_scores_compiles() -> None:
+    """The bias's exactness is measured on GPUs through it, which the interpreter alone would not keep compiling."""
+    sizes = {"rows": "i32", "columns": "i32", "factor_columns": "i32"}
+    constants = {"WIDTH": 16, "BLOCK": TILE}
+    pointers = {"q_factor_ptr": "*fp16", "k_factor_ptr": "*fp16", "scores_ptr": "*fp32"}
+    source = ASTSource(write_scores, {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 def test_a_binary_compiled_by_one_process_is_found_by_another_whatever_it_compiled_before(tmp_path: Path) -> None:

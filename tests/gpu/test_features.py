@@ -71,7 +71,10 @@ def judge(given: dict[str, Tensor | None], *, with_lse: bool = False, **switches
     out, lse = flash_bias_func(**given, return_lse=True, **switches)
     generator = torch.Generator(CUDA).manual_seed(5)
     dout = torch.randn(out.shape, generator=generator, device=CUDA).to(out.dtype)
-    dlse = torch.randn(lse.shape, generator=generator, device=CUDA) if with_lse else None
+    dlse = None
+    if with_lse:  # away from 0, where dq of a row that sees one key, p · dLSE · k, would be rounding alone
+        drawn = torch.randn(lse.shape, generator=generator, device=CUDA)
+        dlse = torch.copysign(drawn.abs() + 1, drawn)
     torch.autograd.backward([out, *([lse] if with_lse else [])], [dout, *([dlse] if dlse is not None else [])])
     found = {name: tensor.grad for name, tensor in given.items() if tensor is not None}
     assert all(gradient is not None for gradient in found.values())

@@ -53,7 +53,8 @@ print(time.monotonic() - loaded)
 def python(*arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
     """Runs Python on ``arguments`` in no job but its own. Fails the test with its stderr where it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLASHBIAS_", "SLURM_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "4"}
     environment |= {name: str(value) for name, value in variables.items()}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
